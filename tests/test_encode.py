@@ -1,0 +1,144 @@
+"""Encoding: the same ids in training and in chat, nothing typed in a cell becomes a control token, labels by position."""
+
+import pytest
+
+from common import content_ids, control_tokens, encode
+from conftest import ANSWERS, QUESTIONS, make_tokenizer
+
+KINDS = ("llama3", "qwen", "sentencepiece", "gpt2")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request, tmp_path_factory):
+    """A tokenizer as load_tokenizer gives it: saved, loaded again, with a template in any case."""
+    from common import load_tokenizer
+
+    folder = tmp_path_factory.mktemp(request.param)
+    make_tokenizer(request.param).save_pretrained(folder)
+    return load_tokenizer(str(folder))
+
+
+def conversation(question, answer=None, system=None):
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
+    return messages + ([{"role": "assistant", "content": answer}] if answer is not None else [])
+
+
+def rendered(tokenizer, messages, prompt):
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, date_string="26 Jul 2024")
+
+
+def test_training_prefix_is_exactly_the_inference_prompt(tokenizer):
+    for question, answer in zip(QUESTIONS, ANSWERS):
+        ids, labels = encode(tokenizer, conversation(question, answer))
+        prompt, prompt_labels = encode(tokenizer, conversation(question))
+        assert ids[:len(prompt)] == prompt
+        assert set(prompt_labels) == {-100} == set(labels[:len(prompt)])
+        assert labels[len(prompt):] == ids[len(prompt):]
+
+
+def test_labels_are_the_answer_and_one_end_token(tokenizer):
+    for question, answer in zip(QUESTIONS, ANSWERS):
+        ids, labels = encode(tokenizer, conversation(question, answer))
+        learned = [t for t in labels if t != -100]
+        assert ids[-1] == learned[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in learned[:-1]
+        assert tokenizer.decode(learned[:-1]).strip() == answer
+
+
+def test_ordinary_rows_get_the_templates_own_ids(tokenizer):
+    for question in QUESTIONS:
+        joint = tokenizer(rendered(tokenizer, conversation(question), True), add_special_tokens=False).input_ids
+        assert encode(tokenizer, conversation(question))[0] == joint
+
+
+def test_there_is_exactly_the_templates_bos(tokenizer):
+    ids, _ = encode(tokenizer, conversation("你好", "你好"))
+    template_has_bos = "bos_token" in tokenizer.chat_template
+    if tokenizer.bos_token_id not in (None, tokenizer.eos_token_id):
+        assert ids.count(tokenizer.bos_token_id) == (1 if template_has_bos else 0)
+
+
+@pytest.mark.parametrize("place", ["{}你好", "你{}好", "你好{}"])
+def test_control_tokens_typed_in_a_cell_stay_text(tokenizer, place):
+    control, _ = control_tokens(tokenizer)
+    for token in tokenizer.added_tokens_decoder.values():
+        text = place.format(token.content)
+        ids = content_ids(tokenizer, text)
+        assert control.isdisjoint(ids), token.content
+        if token.content != "<unk>":
+            assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+        clean, _ = encode(tokenizer, conversation("你好", "好"))
+        typed, labels = encode(tokenizer, conversation(text, text))
+        assert sum(i in control for i in typed) == sum(i in control for i in clean)
+        assert labels[-1] == tokenizer.eos_token_id
+
+
+def test_a_question_that_starts_with_newlines_gives_the_same_prefix(tokenizer):
+    ids, _ = encode(tokenizer, conversation("\n\n你好", "\n好"))
+    prompt, _ = encode(tokenizer, conversation("\n\n你好"))
+    assert ids[:len(prompt)] == prompt
+
+
+def test_too_long_rows_lose_the_questions_end_first():
+    tokenizer = make_tokenizer("qwen")
+    full, _ = encode(tokenizer, conversation("问" * 100, "答" * 10))
+    ids, labels = encode(tokenizer, conversation("问" * 100, "答" * 10), max_length=len(full) - 30)
+    assert len(ids) == len(full) - 30
+    assert [t for t in labels if t != -100] == full[-sum(t != -100 for t in labels):]
+    assert tokenizer.decode([t for t in labels if t != -100]) == "答" * 10 + "<|im_end|>"
+
+
+def test_a_cut_answer_has_no_end_token_and_keeps_a_quarter_for_the_question():
+    tokenizer = make_tokenizer("qwen")
+    ids, labels = encode(tokenizer, conversation("问" * 100, "答" * 200), max_length=128)
+    assert len(ids) == 128
+    assert labels[-1] not in (-100, tokenizer.eos_token_id)
+    assert sum(t == -100 for t in labels) == 32
+
+
+def test_every_assistant_turn_is_learned():
+    tokenizer = make_tokenizer("qwen")
+    messages = conversation("一？", "二。") + conversation("三？", "四。")
+    _, labels = encode(tokenizer, messages)
+    assert tokenizer.decode([t for t in labels if t != -100]) == "二。<|im_end|>四。<|im_end|>"
+
+
+def test_a_template_that_prints_the_date_prints_a_fixed_one():
+    tokenizer = make_tokenizer("llama3")
+    assert "26 Jul 2024" in tokenizer.decode(encode(tokenizer, conversation("你好"))[0])
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + tokenizer.chat_template
+    assert "2024-07-26" in tokenizer.decode(encode(tokenizer, conversation("你好"))[0])
+
+
+def test_a_thinking_template_is_told_not_to_think():
+    tokenizer = make_tokenizer("qwen")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
+    ids, labels = encode(tokenizer, conversation("你好", "好"))
+    prompt, _ = encode(tokenizer, conversation("你好"))
+    assert tokenizer.decode(prompt).endswith("</think>\n\n")
+    assert ids[:len(prompt)] == prompt
+    assert tokenizer.decode([t for t in labels if t != -100]) == "好<|im_end|>"
+
+
+def test_a_template_that_drops_the_system_prompt_is_refused(capsys):
+    tokenizer = make_tokenizer("qwen")
+    tokenizer.chat_template = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(SystemExit) as stop:
+        encode(tokenizer, conversation("你好", system="你是律师"))
+    assert stop.value.code == 4
+    assert "system" in capsys.readouterr().err
+
+
+def test_the_demo_model_encodes_like_its_template(demo):
+    from common import load_tokenizer
+
+    tokenizer = load_tokenizer(demo)
+    control, _ = control_tokens(tokenizer)
+    for question, answer in zip(QUESTIONS, ANSWERS):
+        joint = tokenizer(rendered(tokenizer, conversation(question), True), add_special_tokens=False).input_ids
+        assert encode(tokenizer, conversation(question))[0] == joint
+        assert encode(tokenizer, conversation(question, answer))[0][:len(joint)] == joint
+    for token in tokenizer.added_tokens_decoder.values():
+        assert control.isdisjoint(content_ids(tokenizer, f"甲{token.content}乙"))
