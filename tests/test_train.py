@@ -1,0 +1,365 @@
+"""train.py: the numbers are a plain loop's, every row is learned once an epoch, and what is saved is an ordinary adapter."""
+
+import csv
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ANSWERS, QUESTIONS, ROOT, call, make_model, metrics, run, train, write_csv
+
+ARCHITECTURES = {"llama": "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj", "qwen3": "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj",
+                 "gpt2": "c_attn c_fc c_proj", "opt": "fc1 fc2 k_proj out_proj q_proj v_proj"}
+
+
+def reference_encode(tokenizer, question, answer):
+    """Ids and labels by the tokenizer's own template, the ordinary way."""
+    user = [{"role": "user", "content": question}]
+    both = [*user, {"role": "assistant", "content": answer}]
+    prompt = tokenizer(tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"), add_special_tokens=False).input_ids
+    ids = tokenizer(tokenizer.apply_chat_template(both, tokenize=False, date_string="26 Jul 2024"), add_special_tokens=False).input_ids
+    return ids, [-100] * len(prompt) + ids[len(prompt):]
+
+
+def test_losses_equal_a_plain_padded_reference_loop(tiny, data, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from train import step_rows
+
+    steps = 4
+    folder = train(tiny, data, tmp_path / "run", "--val_ratio", 0, "--lora_dropout", 0, "--learning_rate", 5e-3, "--lr_scheduler", "constant",
+                   "--warmup_ratio", 0, "--batch_size", 2, "--gradient_accumulation_steps", 2, "--max_steps", steps, "--lora_r", 4, "--lora_alpha", 8)
+    ours = [m["loss"] for m in metrics(folder)]
+
+    import random
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    rows = [reference_encode(tokenizer, q, a) for q, a in random.Random(42).sample(list(zip(QUESTIONS, ANSWERS)), len(QUESTIONS))]
+    torch.manual_seed(42)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=4, lora_alpha=8, target_modules=ARCHITECTURES["llama"].split()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
+    theirs = []
+    for step in range(steps):
+        batch = [rows[i] for i in step_rows(len(rows), 4, 42, step)]
+        width = max(len(ids) for ids, _ in batch)
+        input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
+        labels = torch.tensor([t + [-100] * (width - len(t)) for _, t in batch])
+        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in batch])
+        logits = model(input_ids=input_ids, attention_mask=mask).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum") / (labels[:, 1:] != -100).sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        theirs.append(loss.item())
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert theirs[-1] < theirs[0]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_any_split_of_a_step_gives_the_same_gradient(tiny, packed):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from common import encode, load_tokenizer
+    from train import can_pack, loss_sum, micro_batches
+
+    tokenizer = load_tokenizer(tiny)
+    rows = [(*encode(tokenizer, [{"role": "user", "content": q}, {"role": "assistant", "content": a * n}]), "")
+            for n in (1, 3) for q, a in zip(QUESTIONS, ANSWERS)]
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False))
+    model.eval()
+    if packed:
+        assert can_pack(model, rows)
+    tokens = sum(t != -100 for _, labels, _ in rows for t in labels[1:])
+    gradients, counts = [], []
+    for batch_size in (1, 2, 16):
+        batches = micro_batches(rows, batch_size * 128, packed)
+        assert sorted(map(id, rows)) == sorted(id(row) for batch in batches for row in batch)
+        model.zero_grad()
+        for batch in batches:
+            (loss_sum(model, batch, packed) / tokens).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        counts.append(len(batches))
+    assert not packed or counts[0] > counts[1] > counts[2]
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() / gradients[0].norm() < 1e-6
+
+
+def test_packed_rows_do_not_see_each_other(tiny):
+    from transformers import AutoModelForCausalLM
+
+    from train import can_pack, loss_sum
+
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    rows = [(list(range(300, 330)), list(range(300, 330)), ""), (list(range(200, 240)), list(range(200, 240)), "")]
+    assert can_pack(model, rows * 2)
+    with torch.no_grad():
+        together = loss_sum(model, rows, packed=True).item()
+        changed = loss_sum(model, [rows[0], ([5] * 40, [-100] * 40, "")], packed=True).item()
+        alone = loss_sum(model, rows[:1], packed=True).item()
+    assert changed == pytest.approx(alone, rel=1e-6)
+    assert together > alone
+
+
+def test_a_model_that_mixes_packed_rows_is_not_packed(tiny):
+    from transformers import AutoModelForCausalLM
+
+    from train import can_pack
+
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    forward = model.forward
+    model.forward = lambda *args, row_lengths=None, **kwargs: forward(*args, row_lengths=[sum(row_lengths)] if row_lengths else None, **kwargs)
+    rows = [(list(range(100 + 50 * n, 160 + 50 * n)), [], "") for n in range(3)]
+    assert not can_pack(model, rows)
+    assert model.config._attn_implementation != "packed"
+
+
+@pytest.mark.parametrize("n_rows,rows_per_step", [(1, 1), (7, 3), (16, 16), (33, 16), (100, 7)])
+def test_every_row_comes_once_per_epoch(n_rows, rows_per_step):
+    from train import step_rows
+
+    steps = math.ceil(n_rows / rows_per_step)
+    epochs = [[i for step in range(steps) for i in step_rows(n_rows, rows_per_step, 42, epoch * steps + step)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(n_rows)) for epoch in epochs)
+    assert n_rows < 7 or epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_architecture_trains_reloads_and_generates(architecture, data, tmp_path, capfd):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from inference import generate_response, load_model
+
+    base = make_model(tmp_path / "base", architecture)
+    folder = train(base, data, tmp_path / "run", "--num_epochs", 3, "--learning_rate", 1e-2, "--val_ratio", 0.25, "--lora_dropout", 0)
+    log = capfd.readouterr().err
+    assert f"加在 {ARCHITECTURES[architecture].replace(' ', '、')}" in log
+    assert "按行打包" in log
+    val = [m["val_loss"] for m in metrics(folder) if "val_loss" in m]
+    assert min(val) < val[0]
+    ours, tokenizer = load_model(base, str(folder / "final_model"))
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "final_model").eval()
+    ids = tokenizer(QUESTIONS[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert (ours(ids).logits - plain(ids).logits).abs().max() < 1e-5
+        with plain.disable_adapter():
+            assert (ours(ids).logits - plain(ids).logits).abs().max() > 1e-3
+    assert isinstance(generate_response(ours, tokenizer, QUESTIONS[0], None), str)
+
+
+def test_a_run_leaves_the_promised_files(tiny, data, tmp_path):
+    folder = tmp_path / "run"
+    result = run("train.py", "--model_name", tiny, "--dataset_name", data, "--output_dir", folder, "--num_epochs", 2, "--val_ratio", 0.25, "--batch_size", 1,
+                 "--gradient_accumulation_steps", 2, "--save_every", 2)
+    assert result.stdout.strip() == str(folder / "final_model")
+    assert "\r" not in result.stderr
+    assert "{'loss': " in result.stderr and "'tokens_per_second'" in result.stderr
+    assert "【" in result.stderr
+    expected = {"final_model", "logs", "run.json", "metrics.jsonl", "training_report.md", "loss.svg"}
+    assert expected <= {p.name for p in folder.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "manifest.json"} <= {p.name for p in (folder / "final_model").iterdir()}
+    assert list((folder / "logs").glob("events.out.tfevents*"))
+    assert "<polyline" in (folder / "loss.svg").read_text(encoding="utf-8")
+    assert "loss.svg" in (folder / "training_report.md").read_text(encoding="utf-8")
+    run_json = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert run_json["args"]["num_epochs"] == 2 and run_json["base_fingerprint"] and run_json["template_date"]
+    assert [m["step"] for m in metrics(folder) if "loss" in m] == list(range(1, 7))
+    assert not list(folder.glob(".tmp-*"))
+
+
+def test_the_best_checkpoint_is_kept_and_becomes_the_final_model(tiny, data, tmp_path):
+    other = write_csv(tmp_path / "val.csv", zip(QUESTIONS, reversed(ANSWERS)))  # learned by heart, the training rows make these worse
+    folder = train(tiny, data, tmp_path / "run", "--num_epochs", 40, "--learning_rate", 5e-3, "--lr_scheduler", "constant", "--val_data", other, "--eval_every", 4,
+                   "--save_every", 4)
+    val = {m["step"]: m["val_loss"] for m in metrics(folder) if "val_loss" in m}
+    best = min((step for step in val if step), key=val.get)
+    assert best < 40, val  # else this test says nothing
+    kept = {p.name for p in folder.glob("checkpoint-*")}
+    assert f"checkpoint-{best}" in kept and len(kept) <= 3
+    assert (folder / "final_model" / "adapter_model.safetensors").read_bytes() == (folder / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes()
+
+
+def test_early_stopping_ends_the_run(tiny, data, tmp_path):
+    folder = train(tiny, data, tmp_path / "run", "--num_epochs", 20, "--learning_rate", 0.5, "--lr_scheduler", "constant", "--val_ratio", 0.25, "--eval_every", 1,
+                   "--early_stopping_patience", 2)
+    assert max(m["step"] for m in metrics(folder)) < 20
+    assert (folder / "final_model").is_dir()
+
+
+@pytest.mark.parametrize("extra", [[], ["--neftune_alpha", 5, "--lr_scheduler", "linear"], ["--no_fast", "--gradient_checkpointing"]])
+def test_resuming_from_every_step_gives_the_uninterrupted_run_bit_for_bit(tiny, data, tmp_path, extra):
+    flags = ["--num_epochs", 2, "--batch_size", 1, "--gradient_accumulation_steps", 2, "--val_ratio", 0.15, "--save_every", 1, "--save_total_limit", 20, *extra]
+    whole = train(tiny, data, tmp_path / "whole", *flags)
+    expected = (whole / "final_model" / "adapter_model.safetensors").read_bytes()
+    losses = [(m["step"], m.get("loss"), m.get("grad_norm"), m.get("val_loss")) for m in metrics(whole)]
+    assert max(step for step, *_ in losses) == 6
+    for step in range(1, 6):
+        part = tmp_path / f"part{step}"
+        shutil.copytree(whole, part)
+        shutil.rmtree(part / "final_model")
+        for later in range(step + 1, 7):
+            shutil.rmtree(part / f"checkpoint-{later}")
+        call("train.py", "--resume_from_checkpoint", part / f"checkpoint-{step}")
+        assert (part / "final_model" / "adapter_model.safetensors").read_bytes() == expected
+        assert (part / "checkpoint-6" / "optimizer.safetensors").read_bytes() == (whole / "checkpoint-6" / "optimizer.safetensors").read_bytes()
+        assert [(m["step"], m.get("loss"), m.get("grad_norm"), m.get("val_loss")) for m in metrics(part)] == losses
+
+
+def test_auto_resume_skips_a_damaged_checkpoint_and_a_named_one_is_refused(tiny, data, tmp_path, capfd):
+    folder = train(tiny, data, tmp_path / "run", "--num_epochs", 2, "--batch_size", 1, "--gradient_accumulation_steps", 2, "--save_every", 1, "--val_ratio", 0)
+    newest = folder / "checkpoint-8"
+    weights = bytearray((newest / "adapter_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (newest / "adapter_model.safetensors").write_bytes(weights)
+    call("train.py", "--resume_from_checkpoint", newest, code=4)
+    assert "adapter_model.safetensors" in capfd.readouterr().err
+    call("train.py", "--output_dir", folder, "--resume_from_checkpoint", "auto")
+    assert "checkpoint-7 接着训练" in capfd.readouterr().err
+    for checkpoint in folder.glob("checkpoint-*"):
+        (checkpoint / "manifest.json").write_text("{}", encoding="utf-8")
+    call("train.py", "--output_dir", folder, "--resume_from_checkpoint", "auto", code=4)
+    assert "全部损坏" in capfd.readouterr().err
+
+
+def test_a_finished_run_says_so_and_more_epochs_go_on(tiny, data, tmp_path, capfd):
+    folder = train(tiny, data, tmp_path / "run", "--num_epochs", 1)
+    before = (folder / "final_model" / "adapter_model.safetensors").read_bytes()
+    call("train.py", "--output_dir", folder, "--resume_from_checkpoint", "auto")
+    assert "已完成" in capfd.readouterr().err
+    assert (folder / "final_model" / "adapter_model.safetensors").read_bytes() == before
+    call("train.py", "--output_dir", folder, "--resume_from_checkpoint", "auto", "--num_epochs", 2)
+    assert max(m["step"] for m in metrics(folder)) == 2
+    assert (folder / "final_model" / "adapter_model.safetensors").read_bytes() != before
+
+
+def test_resuming_with_other_settings_or_data_is_refused_with_old_and_new(tiny, tmp_path, capfd):
+    data = write_csv(tmp_path / "qa.csv", zip(QUESTIONS, ANSWERS))
+    folder = train(tiny, data, tmp_path / "run", "--max_steps", 1)
+    call("train.py", "--output_dir", folder, "--resume_from_checkpoint", "auto", "--learning_rate", 5e-4, "--num_epochs", 9, code=2)
+    assert "learning_rate：0.0001 → 0.0005" in capfd.readouterr().err
+    write_csv(tmp_path / "qa.csv", zip(QUESTIONS, reversed(ANSWERS)))
+    call("train.py", "--output_dir", folder, "--resume_from_checkpoint", "auto", "--max_steps", 2, code=4)
+    assert "训练数据" in capfd.readouterr().err
+
+
+def test_a_folder_with_results_is_not_overwritten(tiny, data, tmp_path):
+    folder = train(tiny, data, tmp_path / "run", "--max_steps", 1)
+    train(tiny, data, folder, code=2)
+
+
+@pytest.mark.parametrize("number,expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(tiny, data, tmp_path, number, expected):
+    flags = ["--num_epochs", 300, "--batch_size", 1, "--gradient_accumulation_steps", 1, "--val_ratio", 0, "--save_every", -1, "--report_to", "none"]
+    child = subprocess.Popen([sys.executable, ROOT / "train.py", "--model_name", tiny, "--dataset_name", data, "--output_dir", tmp_path / "run", *map(str, flags)],
+                             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, encoding="utf-8")
+    for line in child.stderr:
+        if "{'loss'" in line:
+            break
+    child.send_signal(number)
+    tail = child.stderr.read()
+    assert child.wait(60) == expected
+    assert "--resume_from_checkpoint auto" in tail and "Traceback" not in tail
+    stopped = max(int(p.name[11:]) for p in (tmp_path / "run").glob("checkpoint-*"))
+    total = stopped + 3
+    call("train.py", "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "auto", "--max_steps", total)
+    whole = train(tiny, data, tmp_path / "whole", *flags, "--max_steps", total)
+    assert [m["step"] for m in metrics(tmp_path / "run")] == [m["step"] for m in metrics(whole)]
+
+
+def test_a_loss_that_is_not_a_number_stops_before_the_update(data, tmp_path, capfd):
+    base = make_model(tmp_path / "base")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(Path(base) / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, Path(base) / "model.safetensors", metadata={"format": "pt"})
+    folder = train(base, data, tmp_path / "run", "--val_ratio", 0, code=5)
+    error = capfd.readouterr().err
+    assert "第 1 步" in error and "qa.csv:" in error
+    assert not list(folder.glob("checkpoint-*")) and not (folder / "final_model").exists()
+
+
+def test_eight_rows_are_learned_by_heart_and_the_answers_stop(tiny, data, tmp_path):
+    from inference import generate, load_model
+
+    folder = train(tiny, data, tmp_path / "run", "--num_epochs", 100, "--learning_rate", 5e-3, "--lr_scheduler", "constant", "--val_ratio", 0,
+                   "--lora_dropout", 0, "--save_every", -1)
+    assert metrics(folder)[-1]["loss"] < 0.05
+    model, tokenizer = load_model(tiny, str(folder / "final_model"))
+    answers = generate(model, tokenizer, [[{"role": "user", "content": q}] for q in QUESTIONS], max_new_tokens=100)
+    assert [a["text"] for a in answers] == ANSWERS
+    assert all(a["stopped"] for a in answers)
+
+
+def test_the_demo_model_learns_eight_rows_by_heart_and_stops(demo, data, tmp_path):
+    from inference import generate, load_model
+
+    folder = train(demo, data, tmp_path / "run", "--num_epochs", 60, "--learning_rate", 1e-3, "--lr_scheduler", "constant", "--val_ratio", 0, "--lora_dropout", 0,
+                   "--save_every", -1, "--batch_size", 8, "--gradient_accumulation_steps", 1)
+    assert metrics(folder)[-1]["loss"] < 0.05
+    model, tokenizer = load_model(demo, str(folder / "final_model"))
+    answers = generate(model, tokenizer, [[{"role": "user", "content": q}] for q in QUESTIONS], max_new_tokens=80)
+    assert [a["text"] for a in answers] == ANSWERS
+    assert all(a["stopped"] for a in answers)
+
+
+def test_two_files_alone_train_in_an_empty_folder(tiny, data, tmp_path):
+    for name in ("common.py", "train.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    result = subprocess.run([sys.executable, "train.py", "--model_name", tiny, "--dataset_name", data, "--max_steps", "1"], cwd=tmp_path, capture_output=True,
+                            text=True, encoding="utf-8", check=False)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / result.stdout.strip() / "adapter_model.safetensors").is_file()
+
+
+def test_too_small_a_max_length_is_refused_with_the_row(tiny, data, tmp_path, capfd):
+    train(tiny, data, tmp_path / "run", "--max_length", 16, code=3)
+    assert "max_length 16" in capfd.readouterr().err
+
+
+def test_cut_rows_are_counted(tiny, data, tmp_path, capfd):
+    train(tiny, data, tmp_path / "run", "--max_length", 80, "--max_steps", 1)
+    error = capfd.readouterr().err
+    assert "行超过 max_length 80" in error and "qa.csv:" in error and "--max_length" in error
+
+
+def test_messages_text_and_system_rows_are_learned(tiny, tmp_path, capfd):
+    path = tmp_path / "chat.jsonl"
+    rows = [{"messages": [{"role": "system", "content": "你是律师"}, {"role": "user", "content": "你好"}, {"role": "assistant", "content": "你好，请说。"}]}] * 4
+    path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")
+    train(tiny, path, tmp_path / "run", "--max_steps", 1, "--val_ratio", 0)
+    assert "你是律师" in capfd.readouterr().err
+    path = write_csv(tmp_path / "text.csv", [[a] for a in ANSWERS], header=["text"])
+    train(tiny, path, tmp_path / "run2", "--max_steps", 1, "--val_ratio", 0)
+    assert "text" in capfd.readouterr().err
+
+
+def test_the_projects_own_data_fits_a_llama_kind_of_tokenizer():
+    """At about 1.3 characters a token, as Llama-3.2's vocabulary has it for Chinese, every row stays below 512 tokens."""
+    for name in ("legal_qa.csv", "legal_qa_test.csv"):
+        with open(ROOT / "datasets" / name, encoding="utf-8-sig", newline="") as file:
+            assert max(sum(map(len, row.values())) / 1.3 + 40 for row in csv.DictReader(file)) < 512
+
+
+def test_quantised_training_works_on_a_cpu(tiny, data, tmp_path):
+    folder = train(tiny, data, tmp_path / "run", "--use_4bit", "--max_steps", 2, "--val_ratio", 0)
+    assert all(math.isfinite(m["loss"]) for m in metrics(folder))
+    call("inference.py", "--lora_weights", folder, "--prompt", "你好", "--use_4bit", "--max_new_tokens", 3)
+
+
+def test_training_from_the_command_line_takes_the_flags_of_other_tutorials(tiny, data, tmp_path):
+    result = run("train.py", "--model_name_or_path", tiny, "--dataset-path", data, "--num_train_epochs", 1, "--per-device-train-batch-size", 4, "--max_seq_length", 200,
+                 "--lora-rank", 4, "--output-dir", tmp_path / "run")
+    assert "Traceback" not in result.stderr
+    settings = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["args"]
+    assert (settings["num_epochs"], settings["batch_size"], settings["max_length"], settings["lora_r"]) == (1, 4, 200, 4)
