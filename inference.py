@@ -1,0 +1,300 @@
+"""用微调好的模型回答问题：一个问题、一个文件的问题，或者多轮聊天。
+
+  python inference.py --interactive                            # 聊天，用 output/ 里最新的 LoRA
+  python inference.py --prompt "劳动合同试用期最长多久？"
+  python inference.py --prompt_file test_questions.txt --output answers.jsonl
+
+读：LoRA 目录（默认最新的 output/*/final_model）和它的基础模型。写：回答到标准输出，或 --output 的文件。
+在自己的程序里：from inference import load_model, generate_response
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+from common import (decode, encode, end_token_ids, fail, find_model, fingerprint, load_base, load_rows, load_tokenizer, make_parser, number, parse_args,
+                    pick_device, run_script, say, sha256, visible)
+
+HELP = """/help           显示这些命令
+/reset          忘掉前面的对话
+/undo           撤回上一轮问答
+/system TEXT    换系统提示词并重新开始（不写 TEXT = 去掉）
+/save FILE      把对话存成 JSON 文件
+/exit           退出（exit、quit、退出 也行）；回答时按 Ctrl-C 只停下这个回答"""
+
+
+# ---- 1. Flags: compare_models.py and evaluate_model.py take the same ----
+
+def make_inference_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with the flags of `load_model` and `generate`."""
+    parser = make_parser(doc)
+    add = parser.add_argument_group("模型").add_argument
+    add("--lora_weights", "--lora_model_path", "--lora_model", action="append", help="LoRA 目录；默认 output/ 里最新的")
+    add("--base_model", "--model_name", "--model_name_or_path", help="基础模型目录；默认用训练时的那个")
+    add("--force", action="store_true", help="LoRA 和基础模型对不上也继续")
+    add("--device", default="auto", help="auto、cuda、mps 或 cpu")
+    add("--quantization", choices=("none", "4bit", "8bit"), default="none", help="量化加载基础模型：none、4bit、8bit")
+    add("--use_4bit", "--use_quantization", "--load_in_4bit", dest="quantization", action="store_const", const="4bit", help="即 --quantization 4bit")
+    add("--use_8bit", "--load_in_8bit", dest="quantization", action="store_const", const="8bit", help="即 --quantization 8bit")
+    add = parser.add_argument_group("生成").add_argument
+    add("--system", help="系统提示词；默认用训练时的，写 \"\" 就不用")
+    add("--max_new_tokens", type=number(int, 1), default=512, help="回答最多多少 token")
+    add("--temperature", type=number(float, 0, 5), default=0.0, help="随机程度（0 = 总是选最可能的）")
+    add("--top_p", type=number(float, 0, 1, above=True), default=0.9, help="只在累计概率 p 以内选（1 = 不限）")
+    add("--top_k", type=number(int, 0), default=50, help="只在前 k 个词里选（0 = 不限）")
+    add("--repetition_penalty", type=number(float, 0, 10, above=True), default=1.0, help="重复惩罚（1 = 不用）")
+    add("--seed", type=number(int, 0, 2**31), default=42, help="随机种子")
+    add("--answer_batch_size", type=number(int, 1), default=8, help="同时回答几个问题")
+    return parser
+
+
+def generation_options(args) -> dict:
+    """The keyword arguments of `generate` in a namespace; what it lacks, or has as None, keeps its default."""
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "answer_batch_size")
+    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+
+
+def read_questions(path: str) -> list[str]:
+    """The lines of a text file but for blank ones and # comments, or the questions of a data file."""
+    if Path(path).suffix in (".csv", ".tsv", ".json", ".jsonl"):
+        return [row["messages"][-2]["content"] for row in load_rows(path)[0]]
+    if not Path(path).is_file():
+        fail(2, f"没有问题文件 {path}；它应该是文本，一行一个问题")
+    lines = [line.strip() for line in decode(Path(path).read_bytes(), path)[0].splitlines()]
+    return [line for line in lines if line and not line.startswith("#")] or fail(3, f"{path} 里没有问题；一行写一个")
+
+
+def conversation(question: str, system: str | None = None) -> list[dict]:
+    """The messages of one question, after a system prompt if there is one."""
+    return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": question}]
+
+
+# ---- 2. Loading ----
+
+def find_adapter(path: str | None) -> str:
+    """The adapter in `path` or its final_model/; None is the newest output/*/final_model, said aloud."""
+    if path is None:
+        found = [p.parent for p in Path("output").glob("*/final_model/adapter_config.json")]
+        if not found:
+            fail(4, "output/ 里还没有训练好的模型。先训练：./train_csv.sh；只问原模型：python inference.py --use_original_model")
+        path = max(found, key=lambda p: p.stat().st_mtime)
+        say(f"使用最新的 LoRA：{path}")
+    for candidate in (Path(path), Path(path, "final_model")):
+        if (candidate / "adapter_config.json").is_file():
+            return str(candidate)
+    fail(4, f"{path} 不是 LoRA 目录（里面没有 adapter_config.json）。看看有哪些：ls -d output/*/final_model")
+
+
+def run_record(adapter: str | None) -> dict:
+    """The run.json of the run that made `adapter`; {} for an adapter from elsewhere."""
+    path = Path(adapter or "", "..", "run.json").resolve()
+    return json.loads(path.read_text(encoding="utf-8")) if adapter and path.is_file() else {}
+
+
+def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: bool = False):
+    """`model` with the LoRA in `adapter` put on; exit 4 where they do not belong together (`force`: a warning).
+
+    PEFT itself loads an adapter of another base of the same shape, one with missing keys, and one full of NaN.
+    """
+    import torch
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+    problems = []
+    base = (model.get_base_model() if hasattr(model, "peft_config") else model).name_or_path
+    try:
+        weights = load_file(Path(adapter, "adapter_model.safetensors"))
+        if hasattr(model, "peft_config"):
+            model.load_adapter(adapter, name)
+        else:
+            model = PeftModel.from_pretrained(model, adapter, name)
+    except Exception as error:  # noqa: BLE001 - missing, truncated, wrong shape, broken config: a dozen unrelated types
+        fail(4, f"LoRA {adapter} 装不到 {base} 上：{str(error).splitlines()[0][:200]}")
+    if bad := next((key for key, value in weights.items() if not torch.isfinite(value).all()), None):
+        problems.append(f"权重 {bad} 里有 NaN 或无穷大")
+    if not any(value.any() for key, value in weights.items() if "lora_A" not in key):
+        problems.append("权重全是零，等于没有训练过")
+    if different := set(weights) ^ set(get_peft_model_state_dict(model, adapter_name=name)):
+        problems.append(f"权重名和模型对不上，例如 {min(different)}")
+    run, config = run_record(adapter), model.peft_config[name]
+    if run:
+        pairs = (("基础模型的权重", run["base_fingerprint"], fingerprint(base)), ("对话模板", run["template_sha256"], sha256(tokenizer.chat_template)),
+                 ("lora_r", run["args"]["lora_r"], config.r), ("lora_alpha", run["args"]["lora_alpha"], config.lora_alpha))
+        problems += [f"{what}和训练时不同（{str(then)[:12]} → {str(now)[:12]}）" for what, then, now in pairs if then != now]
+    if problems and not force:
+        fail(4, f"LoRA {adapter}：{'；'.join(problems)}。\n换成训练它的那个基础模型（--base_model），确定要用就加 --force")
+    for problem in problems:
+        say(f"警告：{problem}")
+    return model.eval()
+
+
+def load_model(base_model: str | None = None, lora_weights: str | None = None, device: str = "auto", merge: bool = False, force: bool = False,
+               quantization: str = "none"):
+    """(model, tokenizer) ready to answer: the base alone where `lora_weights` is None, else with that LoRA (`merge`: folded in).
+
+    Without `base_model` it is the one that the adapter was trained on, or the default model, or the demo model.
+    """
+    if base_model is None and lora_weights:
+        base_model = json.loads(Path(lora_weights, "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = find_model(base_model)
+    tokenizer = load_tokenizer(lora_weights if lora_weights and Path(lora_weights, "tokenizer_config.json").is_file() else base)
+    model = load_base(base, *pick_device(device), quantization)
+    if lora_weights:
+        model = load_adapter(model, tokenizer, lora_weights, force=force)
+    return model.merge_and_unload() if merge and lora_weights else model, tokenizer
+
+
+# ---- 3. Answering ----
+
+def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 0.9, top_k: int = 50,
+             repetition_penalty: float = 1.0, seed: int = 42, answer_batch_size: int = 8, streamer=None, progress=None) -> list[dict]:
+    """Answers to `conversations`, in their order: {"text", "tokens", "stopped", "seconds"} each; greedy at temperature 0.
+
+    Prompts of like length go together, padded on the left, and each greedy answer is the one it would be alone (in fp32); a drawn
+    one depends on its neighbours, so those are made one by one. `stopped`: the model ended by itself. `seconds`: a batch's time
+    divided by its rows. `progress` is called with the number of answers done.
+    """
+    import torch
+    prompts = [encode(tokenizer, messages)[0] for messages in conversations]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    ends = end_token_ids(model, tokenizer)
+    window = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    sampling = {"do_sample": temperature > 0} | ({"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else
+                                                 {"temperature": None, "top_p": None, "top_k": None})
+    rows_at_once = 1 if temperature > 0 else answer_batch_size
+    answers: list[dict] = [{} for _ in prompts]
+    for start in range(0, len(order), rows_at_once):
+        rows = order[start:start + rows_at_once]
+        width = len(prompts[rows[0]])
+        if width >= window:
+            fail(2, f"问题有 {width} token，超过了模型的上限 {window}。缩短问题再试")
+        padding = [width - len(prompts[i]) for i in rows]
+        input_ids = torch.tensor([[tokenizer.pad_token_id] * n + prompts[i] for n, i in zip(padding, rows)], device=model.device)
+        attention_mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=model.device)
+        torch.manual_seed(seed)
+        began = time.perf_counter()
+        with torch.inference_mode():
+            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=min(max_new_tokens, window - width), eos_token_id=ends,
+                                    pad_token_id=tokenizer.pad_token_id, repetition_penalty=repetition_penalty, streamer=streamer, **sampling)
+        seconds = (time.perf_counter() - began) / len(rows)
+        for i, ids in zip(rows, output[:, width:].tolist()):
+            end = next((k for k, token in enumerate(ids) if token in ends), None)
+            answers[i] = {"text": tokenizer.decode(ids[:end], skip_special_tokens=True).strip(), "tokens": len(ids[:end]), "stopped": end is not None,
+                          "seconds": seconds}
+        if progress:
+            progress(start + len(rows))
+    return answers
+
+
+def generate_response(model, tokenizer, question: str, args=None) -> str:
+    """The model's answer to one question. `args` may be anything that has some of the generation flags as attributes."""
+    answer = generate(model, tokenizer, [conversation(question, getattr(args, "system", None))], **generation_options(args))[0]["text"]
+    return clean_repeats(answer) if getattr(args, "clean_repeats", False) else answer
+
+
+def clean_repeats(text: str) -> str:
+    """`text` without a tail that says one unit of 2 to 80 characters three times or more; one of them stays."""
+    tail = re.search(r"(.{2,80}?)\1{2,}.{0,80}$", text, re.DOTALL)
+    return text[:tail.end(1) + (text[tail.end(1)] in "。！？；.!?")] if tail else text
+
+
+# ---- 4. Chat ----
+
+def chat(model, tokenizer, args) -> None:
+    """A conversation whose answers stream; it is cut from the front when it no longer fits the model."""
+    from transformers import TextStreamer
+    class Printer(TextStreamer):
+        said = ""
+
+        def on_finalized_text(self, text, stream_end=False):
+            self.said += text
+            print(visible(text), end="\n" if stream_end else "", flush=True)
+
+    window = getattr(model.config, "max_position_embeddings", 4096) - args.max_new_tokens
+    system, turns = args.system, []
+    say("开始聊天。/help 看命令，/exit 退出")
+    while True:
+        try:
+            line = input("\n你：" if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if line in ("/exit", "exit", "quit", "退出"):
+            return
+        if command == "/help":
+            print(HELP)
+        elif command == "/reset":
+            turns = []
+            print("已清空对话。")
+        elif command == "/undo":
+            turns = turns[:-2]
+            print(f"已撤回，还剩 {len(turns) // 2} 轮。")
+        elif command == "/system":
+            system, turns = rest, []
+            print(f"系统提示词：{system or '无'}。对话重新开始。")
+        elif command == "/save":
+            messages = ([{"role": "system", "content": system}] if system else []) + turns
+            try:
+                Path(rest).write_text(json.dumps(messages, ensure_ascii=False, indent=1), encoding="utf-8")
+                print(f"已保存 {len(messages)} 条消息到 {rest}")
+            except OSError as error:
+                print(f"不能写 {rest or '（没有写文件名）'}：{error.strerror}")
+        elif command.startswith("/"):
+            print(f"没有 {command} 这个命令，/help 看全部。")
+        elif line:
+            turns += [{"role": "user", "content": line}]
+            head = [{"role": "system", "content": system}] if system else []
+            while len(turns) > 1 and len(encode(tokenizer, head + turns)[0]) > window:
+                turns = turns[2:]
+            printer = Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            try:
+                answer = generate(model, tokenizer, [head + turns], streamer=printer, **generation_options(args))[0]["text"]
+            except KeyboardInterrupt:
+                print("（已停下）")
+                answer = printer.said.strip()
+            turns = turns + [{"role": "assistant", "content": answer}] if answer else turns[:-1]
+
+
+def main() -> None:
+    parser = make_inference_parser(__doc__)
+    add = parser.add_argument_group("问题").add_argument
+    add("--prompt", help="一个问题")
+    add("--prompt_file", help="问题文件，一行一个，# 开头的是注释")
+    add("--interactive", action="store_true", help="多轮聊天")
+    add("--output", help="回答写到这个文件；.jsonl 每行一个对象，其他是文本")
+    add("--use_original_model", action="store_true", help="只用基础模型，不加 LoRA")
+    add("--merge", action="store_true", help="先把 LoRA 合并进权重，生成更快")
+    add("--clean_repeats", action="store_true", help="去掉回答末尾的重复")
+    args = parse_args(parser)
+    if not (args.prompt or args.prompt_file or args.interactive) or len(args.lora_weights or []) > 1:
+        fail(2, '加 --interactive 聊天，或 --prompt "问题"，或 --prompt_file FILE；--lora_weights 一次一个，几个一起用 compare_models.py')
+    questions = read_questions(args.prompt_file) if args.prompt_file else [args.prompt]
+    adapter = None if args.use_original_model else find_adapter(args.lora_weights and args.lora_weights[0])
+    model, tokenizer = load_model(args.base_model, adapter, args.device, args.merge, args.force, args.quantization)
+    args.system = run_record(adapter).get("args", {}).get("system") if args.system is None else args.system
+    if args.interactive:
+        return chat(model, tokenizer, args)
+
+    from tqdm import tqdm
+    with tqdm(total=len(questions), desc="回答", disable=len(questions) == 1 or not sys.stderr.isatty()) as bar:
+        answers = generate(model, tokenizer, [conversation(q, args.system) for q in questions], **generation_options(args),
+                           progress=lambda n: bar.update(n - bar.n))
+    lines = []
+    for question, answer in zip(questions, answers):
+        text = clean_repeats(answer["text"]) if args.clean_repeats else answer["text"]
+        if args.output and args.output.endswith(".jsonl"):
+            lines.append(json.dumps({"question": question, "answer": text, "stopped": answer["stopped"]}, ensure_ascii=False))
+        else:
+            lines.append(f"问：{visible(question)}\n答：{visible(text)}\n" if args.prompt_file else visible(text))
+    if args.output:
+        Path(args.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        say(f"{len(answers)} 个回答写到 {args.output}")
+    else:
+        print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run_script(main)

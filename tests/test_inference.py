@@ -1,0 +1,219 @@
+"""inference.py and compare_models.py: batches answer like single questions, chats remember, adapters that do not fit are refused."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ANSWERS, QUESTIONS, ROOT, make_model, run, train
+
+
+@pytest.fixture(scope="module")
+def learned(tiny, data, tmp_path_factory):
+    """A run folder of a tiny model that knows the eight answers by heart."""
+    return train(tiny, data, tmp_path_factory.mktemp("learned") / "run", "--num_epochs", 100, "--learning_rate", 5e-3, "--lr_scheduler", "constant", "--val_ratio", 0,
+                 "--lora_dropout", 0, "--save_every", -1)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny, learned):
+    from inference import load_model
+
+    return load_model(tiny, str(learned / "final_model"))
+
+
+def chats(questions):
+    return [[{"role": "user", "content": q}] for q in questions]
+
+
+def test_batched_answers_are_the_single_ones(loaded):
+    from inference import generate
+
+    questions = QUESTIONS + [q + "请详细说明。" * n for n, q in enumerate(QUESTIONS)]
+    alone = [generate(*loaded, chats([q]), max_new_tokens=80)[0]["text"] for q in questions]
+    for batch_size in (3, 16):
+        together = generate(*loaded, chats(questions), max_new_tokens=80, answer_batch_size=batch_size)
+        assert [a["text"] for a in together] == alone
+    assert alone[:8] == ANSWERS
+
+
+def test_batched_answers_of_the_demo_model_are_the_single_ones(demo):
+    from inference import generate, load_model
+
+    model = load_model(demo)
+    questions = ["What is a contract?", "试用期最长多久？", "Name three colours of the rainbow, please.", "Who pays if my dog bites a neighbour in the park?"]
+    alone = [generate(*model, chats([q]), max_new_tokens=24)[0]["text"] for q in questions]
+    assert [a["text"] for a in generate(*model, chats(questions), max_new_tokens=24)] == alone
+    assert all(alone)
+
+
+def test_the_same_seed_draws_the_same_answer_in_a_batch_and_alone(loaded):
+    from inference import generate
+
+    drawn = [generate(*loaded, chats(["随便说点什么"]), max_new_tokens=12, temperature=3.0, seed=seed, top_k=0, top_p=1.0)[0]["text"] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    batch = generate(*loaded, chats(["短", "随便说点什么"]), max_new_tokens=12, temperature=3.0, seed=1, top_k=0, top_p=1.0)
+    assert batch[1]["text"] == drawn[0]
+
+
+def test_the_readmes_python_lines_work(tiny, learned):
+    from types import SimpleNamespace
+
+    from inference import generate_response, load_model
+
+    model, tokenizer = load_model(tiny, str(learned / "final_model"))
+    assert generate_response(model, tokenizer, QUESTIONS[0]) == ANSWERS[0]
+    assert generate_response(model, tokenizer, QUESTIONS[0], SimpleNamespace(max_new_tokens=3)) == generate_response(model, tokenizer, QUESTIONS[0], SimpleNamespace(max_new_tokens=3))
+    assert len(tokenizer(generate_response(model, tokenizer, QUESTIONS[1], SimpleNamespace(max_new_tokens=3))).input_ids) < 6
+
+
+def test_merged_answers_are_the_adapters(tiny, learned):
+    from inference import generate, load_model
+
+    merged = load_model(tiny, str(learned / "final_model"), merge=True)
+    assert not hasattr(merged[0], "peft_config")
+    assert [a["text"] for a in generate(*merged, chats(QUESTIONS), max_new_tokens=80)] == ANSWERS
+
+
+def test_one_prompt_prints_only_the_answer(learned):
+    result = run("inference.py", "--lora_weights", learned, "--prompt", QUESTIONS[0])
+    assert result.stdout == ANSWERS[0] + "\n"
+
+
+def test_the_newest_adapter_is_found_and_named(tiny, learned, tmp_path):
+    shutil.copytree(learned, tmp_path / "output" / "run1")
+    result = run("inference.py", "--prompt", QUESTIONS[2], cwd=tmp_path)
+    assert result.stdout.strip() == ANSWERS[2] and "run1" in result.stderr
+    assert "先训练" in run("inference.py", "--prompt", "x", cwd=tmp_path / "output", code=4).stderr
+    assert run("inference.py", "--prompt", "x", "--use_original_model", "--base_model", tiny, "--max_new_tokens", 2, cwd=tmp_path).returncode == 0
+
+
+def test_a_file_of_prompts_is_answered_in_its_order(learned, tmp_path):
+    (tmp_path / "q.txt").write_text("# 注释\n\n" + "\n".join(QUESTIONS) + "\n", encoding="utf-8")
+    run("inference.py", "--lora_weights", learned / "final_model", "--prompt_file", tmp_path / "q.txt", "--output", tmp_path / "a.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(r["question"], r["answer"], r["stopped"]) for r in rows] == [(q, a, True) for q, a in zip(QUESTIONS, ANSWERS)]
+    printed = run("inference.py", "--lora_weights", learned / "final_model", "--prompt_file", tmp_path / "q.txt").stdout
+    assert printed.count("问：") == 8 and all(a in printed for a in ANSWERS)
+
+
+def test_a_chat_streams_remembers_and_obeys_its_commands(learned, tmp_path):
+    talk = [QUESTIONS[0], "/save first.json", "/undo", "/save empty.json", "/system 你是律师", QUESTIONS[1], "/save second.json", "/nonsense", "/help", "/save", "/reset", "退出"]
+    result = run("inference.py", "--lora_weights", learned.resolve(), "--interactive", "--max_new_tokens", 80, cwd=tmp_path, stdin="\n".join(talk) + "\n")
+    assert ANSWERS[0] in result.stdout and "没有 /nonsense" in result.stdout and "/reset" in result.stdout and "没有写文件名" in result.stdout
+    saved = {name: json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")) for name in ("first", "empty", "second")}
+    assert saved["first"] == [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": ANSWERS[0]}]
+    assert saved["empty"] == []
+    assert [m["role"] for m in saved["second"]] == ["system", "user", "assistant"]
+
+
+def test_a_long_chat_is_cut_from_the_front(learned):
+    questions = [q * 6 for q in QUESTIONS * 2]
+    result = run("inference.py", "--lora_weights", learned, "--interactive", "--max_new_tokens", 60, stdin="\n".join(questions) + "\n")
+    assert "Traceback" not in result.stderr
+
+
+def test_a_question_longer_than_the_model_is_refused(learned):
+    assert "上限 512" in run("inference.py", "--lora_weights", learned, "--prompt", "长" * 2000, code=2).stderr
+
+
+def test_terminal_control_characters_are_shown_and_not_obeyed():
+    from common import visible
+
+    hostile = "a\x1b[31mb\x9b1mc\rd\x07e\u202ef\x1b]8;;http://x\x07g\u2028h\x00i"
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2028\u2029]", visible(hostile))
+    assert visible("正常\n文字\t👨\u200d👩") == "正常\n文字\t👨\u200d👩"
+
+
+def test_repeated_tails_are_removed_and_ordinary_text_is_not():
+    from inference import clean_repeats
+
+    assert clean_repeats("可以起诉。" + "请注意。" * 9) == "可以起诉。请注意。"
+    assert clean_repeats("可以起诉。" + "请注意保留证据。" * 5 + "请注意保") == "可以起诉。请注意保留证据。"
+    for answer in ANSWERS:
+        assert clean_repeats(answer) == answer
+
+
+def test_every_end_token_stops_an_answer(loaded):
+    from common import end_token_ids
+    from inference import generate
+
+    model, tokenizer = loaded
+    other = tokenizer.convert_tokens_to_ids("<|end_of_text|>")
+    before = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, other]
+    assert set(end_token_ids(model, tokenizer)) == {tokenizer.eos_token_id, other}
+    model.generation_config.eos_token_id = before
+    assert generate(model, tokenizer, chats(QUESTIONS[:1]), max_new_tokens=80)[0]["stopped"]
+
+
+def test_adapters_that_do_not_belong_are_refused(tiny, learned, tmp_path):
+    """PEFT loads a base of the same shape, missing keys, NaN and a changed alpha without an error."""
+    from safetensors.torch import load_file, save_file
+
+    other = make_model(tmp_path / "other", seed=1)
+    assert "基础模型" in run("inference.py", "--lora_weights", learned, "--base_model", other, "--prompt", "x", code=4).stderr
+    run("inference.py", "--lora_weights", learned, "--base_model", other, "--prompt", "x", "--force", "--max_new_tokens", 2)
+    weights = load_file(learned / "final_model" / "adapter_model.safetensors")
+    key = next(k for k in weights if "lora_B" in k)
+
+    def damaged(name, change=None, config=None):
+        folder = tmp_path / name
+        shutil.copytree(learned, folder)
+        if change is not None:
+            save_file(change, folder / "final_model" / "adapter_model.safetensors")
+        if config:
+            path = folder / "final_model" / "adapter_config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **config}), encoding="utf-8")
+        return folder
+
+    cases = {
+        "nan": damaged("nan", {**weights, key: weights[key] * float("nan")}),
+        "missing": damaged("missing", {k: v for k, v in weights.items() if k != key}),
+        "empty": damaged("empty", {"x": torch.zeros(1)}),
+        "zero": damaged("zero", {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in weights.items()}),
+        "alpha": damaged("alpha", config={"lora_alpha": 9999}),
+        "rank": damaged("rank", config={"r": 4}),
+        "targets": damaged("targets", config={"target_modules": ["q_proj"]}),
+    }
+    truncated = damaged("truncated")
+    file = truncated / "final_model" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    from inference import load_model
+
+    for name, folder in {**cases, "truncated": truncated}.items():
+        with pytest.raises(SystemExit) as stop:
+            load_model(tiny, str(folder / "final_model"))
+        assert stop.value.code == 4, name
+
+
+def test_compare_prints_both_answers_and_one_length_per_question(learned, tmp_path):
+    (tmp_path / "q.txt").write_text("\n".join(QUESTIONS[:5]), encoding="utf-8")
+    result = run("compare_models.py", "--lora_weights", learned, "--test_file", tmp_path / "q.txt", "--max_new_tokens", 80)
+    lengths = [line.split()[1] for line in result.stdout.splitlines() if "微调回答长度" in line]
+    assert lengths == [str(len(a)) for a in ANSWERS[:5]]
+    assert result.stdout.count("原始回答长度: ") == result.stdout.count("用时: ") == 5
+    assert all(f"微调回答: {a}" in result.stdout for a in ANSWERS[:5])
+    assert "5/5 个自己结束" in result.stdout
+
+
+def test_compare_takes_several_adapters_with_one_model_in_memory(tiny, data, learned, tmp_path):
+    other = train(tiny, data, tmp_path / "other", "--max_steps", 1)
+    result = run("compare_models.py", "--lora_weights", learned, "--lora_weights", other, "--prompt", QUESTIONS[3], "--max_new_tokens", 80)
+    assert len(re.findall(r"微调回答长度: \d+ 字（(?:run|other)）", result.stdout)) == 2
+    assert result.stdout.count(ANSWERS[3]) == 1
+
+
+def test_the_answers_of_compare_are_those_of_inference(tiny, learned):
+    compared = run("compare_models.py", "--lora_weights", learned, "--prompt", QUESTIONS[4], "--max_new_tokens", 20).stdout
+    base = run("inference.py", "--use_original_model", "--base_model", tiny, "--prompt", QUESTIONS[4], "--max_new_tokens", 20).stdout
+    assert f"原始回答: {base.strip()}" in compared
+
+
+def test_no_script_of_ours_reads_pickles_or_remote_code():
+    for path in [*ROOT.glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert "pickle.load" not in text and "torch.load" not in text and "trust_remote_code=True" not in text, Path(path).name
