@@ -143,7 +143,7 @@ def load_model(base_model: str | None = None, lora_weights: str | None = None, d
     model = load_base(base, *pick_device(device), quantization)
     if lora_weights:
         model = load_adapter(model, tokenizer, lora_weights, force=force)
-    return model.merge_and_unload() if merge and lora_weights else model, tokenizer
+    return model.merge_and_unload() if merge and lora_weights and quantization == "none" else model, tokenizer
 
 
 # ---- 3. Answering ----
@@ -266,7 +266,7 @@ def main() -> None:
     add("--interactive", action="store_true", help="多轮聊天")
     add("--output", help="回答写到这个文件；.jsonl 每行一个对象，其他是文本")
     add("--use_original_model", action="store_true", help="只用基础模型，不加 LoRA")
-    add("--merge", action="store_true", help="先把 LoRA 合并进权重，生成更快")
+    add("--merge", action=argparse.BooleanOptionalAction, default=True, help="把 LoRA 合并进权重，生成更快（量化时不合并）")
     add("--clean_repeats", action="store_true", help="去掉回答末尾的重复")
     args = parse_args(parser)
     if not (args.prompt or args.prompt_file or args.interactive) or len(args.lora_weights or []) > 1:
