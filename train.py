@@ -33,7 +33,7 @@ MAY_CHANGE = {"num_epochs", "max_steps", "eval_every", "save_every", "save_total
 def arguments(saved: dict | None = None) -> argparse.Namespace:
     """The command line; `saved` are the settings of a run to resume, taken where nothing is typed."""
     parser = make_parser(__doc__)
-    add = parser.add_argument_group("模型和数据").add_argument
+    add = parser.add_argument_group("模型、数据、设备").add_argument
     add("--model_name", "--model_name_or_path", "--base_model", help="基础模型目录，或本机缓存里的 ORG/NAME")
     add("--dataset_name", "--dataset_path", "--train_data", default="./datasets/legal_qa.csv", help="训练数据文件")
     add("--val_data", help="验证数据文件；不给就从训练数据里分出 val_ratio")
@@ -42,7 +42,12 @@ def arguments(saved: dict | None = None) -> argparse.Namespace:
     add("--max_length", "--max_seq_length", type=number(int, 16), default=512, help="每行最多多少 token，超过的先截问题")
     add("--system", help="系统提示词，每行都加上")
     add("--output_dir", help="输出目录；默认 output/llama-lora-日期_时间")
-    add = parser.add_argument_group("训练").add_argument
+    add("--device", default="auto", help="auto、cuda、mps 或 cpu")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="基础权重精度；CPU/MPS 只用 float32")
+    add("--quantization", choices=("none", "4bit", "8bit"), default="none", help="量化加载基础模型：none、4bit、8bit")
+    add("--use_4bit", "--use_quantization", "--load_in_4bit", dest="quantization", action="store_const", const="4bit", help="即 --quantization 4bit")
+    add("--use_8bit", "--load_in_8bit", dest="quantization", action="store_const", const="8bit", help="即 --quantization 8bit")
+    add = parser.add_argument_group("训练和 LoRA").add_argument
     add("--num_epochs", "--num_train_epochs", "--epochs", type=number(float, 0, above=True), default=3, help="训练轮数")
     add("--max_steps", type=number(int, 0), default=0, help="最多多少优化步（0 = 由轮数决定）")
     add("--batch_size", "--per_device_train_batch_size", type=number(int, 1), default=2, help="每个微批的行数")
@@ -54,21 +59,14 @@ def arguments(saved: dict | None = None) -> argparse.Namespace:
     add("--max_grad_norm", type=number(float, 0), default=1.0, help="梯度裁剪（0 = 不裁）")
     add("--neftune_alpha", type=number(float, 0), default=0.0, help="NEFTune 嵌入噪声（0 = 不用，常用 5）")
     add("--seed", type=number(int, 0, 2**31), default=42, help="随机种子")
-    add = parser.add_argument_group("LoRA").add_argument
     add("--peft_method", choices=("lora",), default="lora", help="微调方法：lora")
     add("--lora_r", "--lora_rank", type=number(int, 1), default=32, help="LoRA 秩")
     add("--lora_alpha", type=number(float, 0, above=True), default=64, help="LoRA 缩放，通常是秩的 2 倍")
     add("--lora_dropout", type=number(float, 0, 0.99), default=0.1, help="LoRA dropout（0 = 不用，CPU 上更快）")
     add("--target_modules", nargs="+", help="加 LoRA 的层名或一个正则；默认全部注意力和 FFN 投影")
-    add = parser.add_argument_group("设备").add_argument
-    add("--device", default="auto", help="auto、cuda、mps 或 cpu")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="基础权重精度；CPU/MPS 只用 float32")
-    add("--quantization", choices=("none", "4bit", "8bit"), default="none", help="量化加载基础模型：none、4bit、8bit")
-    add("--use_4bit", "--use_quantization", "--load_in_4bit", dest="quantization", action="store_const", const="4bit", help="即 --quantization 4bit")
-    add("--use_8bit", "--load_in_8bit", dest="quantization", action="store_const", const="8bit", help="即 --quantization 8bit")
     add("--optim", choices=("auto", "adamw_torch", "paged_adamw_8bit"), default="auto", help="优化器；auto 按设备选")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False, help="用时间换内存")
-    add("--fast", action=argparse.BooleanOptionalAction, default=True, help="把一步的行打包计算（--no_fast = 填充）")
+    add("--fast", action=argparse.BooleanOptionalAction, default=True, help="快的算法（--no_fast = 朴素的，逐行算）")
     add = parser.add_argument_group("验证、保存、记录").add_argument
     add("--eval_every", "--eval_steps", type=number(int, 0), default=0, help="每几步验证（0 = 每轮一次）")
     add("--save_every", "--save_steps", type=number(int, -1), default=50, help="每几步存 checkpoint（0 = 每轮，-1 = 只在结束时）")
@@ -81,24 +79,22 @@ def arguments(saved: dict | None = None) -> argparse.Namespace:
     return parse_args(parser)
 
 
+def preview(tokenizer, input_ids: list[int], labels: list[int]) -> str:
+    """The row as the model sees it: what is learned in green (off a terminal: between 【 】), the rest grey."""
+    learned, rest = ("\x1b[32m{}\x1b[0m", "\x1b[2m{}\x1b[0m") if sys.stderr.isatty() else ("【{}】", "{}")
+    spans = itertools.groupby(zip(input_ids, labels), key=lambda pair: pair[1] != -100)
+    return "".join((learned if is_label else rest).format(visible(tokenizer.decode([i for i, _ in span]))) for is_label, span in spans)
+
+
 # ---- The model's side of a step ----
-
-def find_target_modules(model) -> list[str]:
-    """Names of the linear projections (attention and FFN) in the decoder layers of any transformer, GPT-2's Conv1D included."""
-    import torch
-    from transformers.pytorch_utils import Conv1D
-    layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
-    return sorted({name.rpartition(".")[2] for name, m in layers.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))})
-
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, row_lengths=None, **kwargs):
     """Causal attention inside each row of a pack, (1, heads, tokens, head_dim) → (1, tokens, heads, head_dim); a call per row costs the
     sum of the squared lengths, where a block-diagonal mask would cost the square of the sum."""
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
+    from torch.nn.functional import scaled_dot_product_attention as attend
     rows = zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)))
-    grouped = query.shape[1] != key.shape[1]
-    outputs = [scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped) for q, k, v in rows]
+    outputs = [attend(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]) for q, k, v in rows]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
@@ -121,26 +117,53 @@ def micro_batches(rows: list, budget: int, packed: bool) -> list[list]:
     return packs
 
 
-def loss_sum(model, rows: list, packed: bool, neftune_alpha: float = 0.0, reduction: str = "sum"):
-    """Sum of the label tokens' losses of `rows`, a list of (input_ids, labels, where): several if `packed`, else one. They stand one behind
-    the other in one line of tokens, each with its own positions and attention, and the output head runs only on the positions that
+def fast_dropout(dropout, x):
+    """What the `dropout` module does to x, with a mask of bytes out of random int64s: PyTorch's own draws serially on a CPU, and takes longer
+    than the product it precedes. An entry is kept with probability (256 - k) / 256, k = round(256 p), and scaled by the inverse: the mean is exact."""
+    import torch
+    k, n = round(256 * dropout.p), x.numel()
+    if not dropout.training or k == 0:
+        return x
+    draws = torch.empty((n + 7) // 8, dtype=torch.int64).random_(-2**63, None).view(torch.uint8)[:n]
+    return x * (draws >= k).view(x.shape).to(x.dtype).mul_(256 / (256 - k))
+
+
+def chunked_loss(hidden, weight, targets, chunk: int = 256):
+    """Sum of cross-entropies of (n, width) `hidden` states under a (vocabulary, width) output head, n `targets`. The gradient is made in the
+    forward pass, `chunk` rows at a time, so that logits of n rows never exist: for 1,000 labels of Llama-3.2 (128,256 tokens, fp32) that
+    is 0.5 GB, and their softmax and gradient as much again."""
+    import torch
+    total, gradients = torch.zeros((), device=hidden.device), []
+    for rows, labels in zip(hidden.detach().split(chunk), targets[:, None].split(chunk)):
+        logits = (rows @ weight.T).float()
+        log_sum = logits.logsumexp(1, keepdim=True)
+        total += (log_sum - logits.gather(1, labels)).sum()
+        if hidden.requires_grad:
+            gradients.append(logits.sub_(log_sum).exp_().scatter_add_(1, labels, torch.full_like(log_sum, -1.0)).to(weight.dtype) @ weight)
+    # the difference is zero; its gradient is the one made above
+    return total + ((hidden - hidden.detach()) * torch.cat(gradients)).sum() if gradients else total
+
+
+def loss_sum(model, rows: list, packed: bool, neftune_alpha: float = 0.0):
+    """Sum of the label tokens' losses of `rows`, a list of (input_ids, labels, where): several if `packed`, else one. Packed, they stand one
+    behind the other in one line of tokens, each with its own positions and attention, and the output head runs only on the positions that
     predict a label. So nothing is padded, and the sum is that of the rows apart."""
     import torch
-    from torch.nn.functional import cross_entropy
     lengths = [len(ids) for ids, _, _ in rows]
-    input_ids = torch.tensor([[i for ids, _, _ in rows for i in ids]], device=model.device)
+    inputs = {"input_ids": torch.tensor([[i for ids, _, _ in rows for i in ids]], device=model.device)}
     targets = torch.tensor([t for _, labels, _ in rows for t in [*labels[1:], -100]], device=model.device)  # a row's last position predicts nothing
     keep = (targets != -100).nonzero().flatten()
-    extra = {"row_lengths": lengths, "logits_to_keep": keep,
-             "position_ids": torch.tensor([[k for n in lengths for k in range(n)]], device=model.device)} if packed else {}
     if neftune_alpha and model.training:  # https://arxiv.org/abs/2310.05914: uniform noise of size alpha / sqrt(length * width)
-        embeddings = model.get_input_embeddings()(input_ids)
+        embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
         size = torch.tensor([neftune_alpha / math.sqrt(n * embeddings.shape[-1]) for n in lengths for _ in range(n)], device=model.device)
-        extra["inputs_embeds"] = embeddings + torch.empty_like(embeddings).uniform_(-1, 1) * size[:, None]
-    else:
-        extra["input_ids"] = input_ids
-    logits = model(**extra, use_cache=False).logits[0]
-    return cross_entropy((logits if packed else logits[keep]).float(), targets[keep], reduction=reduction)
+        inputs["inputs_embeds"] = embeddings + torch.empty_like(embeddings).uniform_(-1, 1) * size[:, None]
+    if not packed:
+        logits = model(**inputs, use_cache=False).logits[0, keep]
+        return torch.nn.functional.cross_entropy(logits.float(), targets[keep], reduction="sum")
+    positions = torch.tensor([[k for n in lengths for k in range(n)]], device=model.device)
+    causal = model.get_base_model() if hasattr(model, "peft_config") else model
+    hidden = causal.base_model(**inputs, position_ids=positions, row_lengths=lengths, use_cache=False).last_hidden_state
+    return chunked_loss(hidden[0, keep], causal.get_output_embeddings().weight, targets[keep])
 
 
 def can_pack(model, rows: list) -> bool:
@@ -149,12 +172,12 @@ def can_pack(model, rows: list) -> bool:
     import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
-    probe = [(ids[:64 - 8 * n], ids[:64 - 8 * n], "") for n, (ids, _, _) in enumerate(rows[:3])]  # longest first, as they will be packed
+    probe = [(ids[:64 - 8 * n], ids[:64 - 8 * n], "") for n, (ids, _, _) in enumerate(rows[:3])]
     usual = model.config._attn_implementation
     with torch.no_grad(), contextlib.suppress(TypeError, ValueError, RuntimeError, AttributeError):
-        apart = torch.cat([loss_sum(model, [row], packed=False, reduction="none") for row in probe])
+        apart = sum(loss_sum(model, [row], packed=False).item() for row in probe)
         model.config._attn_implementation = "packed"
-        if (loss_sum(model, probe, packed=True, reduction="none") - apart).abs().mean() < (1e-3 if model.dtype == torch.float32 else 5e-2):
+        if math.isclose(apart, loss_sum(model, probe, packed=True).item(), rel_tol=1e-4 if model.dtype == torch.float32 else 1e-2):
             return True
     model.config._attn_implementation = usual
     return False
@@ -162,40 +185,51 @@ def can_pack(model, rows: list) -> bool:
 
 # ---- Checkpoints ----
 
-def commit(folder: Path, write) -> None:
-    """Make `folder` in one stroke: `write(staging)` fills a folder beside it, which gets a manifest and is renamed. A crash at any moment
-    leaves a whole folder or none, and at most a `.tmp-` folder that the next start removes."""
+def describe(folder: Path) -> dict:
+    """The manifest of a folder: size and sha256 of each file in it, and the hash of that list."""
+    files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p.read_bytes())} for p in sorted(folder.iterdir()) if p.name != "manifest.json"}
+    return {"format": 1, "files": files, "sha256": sha256(json.dumps(files))}
+
+
+def synchronize(*paths: Path) -> None:
+    """Force files' bytes and folders' names to the disk (Windows cannot open a folder)."""
+    for path in paths if os.name != "nt" else ():
+        os.fsync(handle := os.open(path, os.O_RDONLY))
+        os.close(handle)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder; a crash midway leaves a `.tmp-` folder and never half of this one."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(folder.rename(folder.with_name(f".tmp-old-{folder.name}")))
+
+
+@contextlib.contextmanager
+def staged(folder: Path):
+    """Make `folder` in one stroke: what the caller writes into the folder that is given to it, beside the final one, gets a manifest, is forced
+    to the disk and renamed. A crash at any moment leaves a whole folder or none, and `.tmp-` folders that the next start removes."""
     staging = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    write(staging)
-    files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p.read_bytes())} for p in sorted(staging.iterdir())}
-    manifest = {"format": 1, "files": files, "sha256": sha256(json.dumps(files, sort_keys=True))}
-    (staging / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in [*staging.iterdir(), staging, folder.parent]:
-        if path == folder.parent:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(staging, folder)
-        if os.name != "nt":  # Windows cannot open a folder
-            os.fsync(handle := os.open(path, os.O_RDONLY))
-            os.close(handle)
+    try:
+        yield staging
+        (staging / "manifest.json").write_text(json.dumps(describe(staging)), encoding="utf-8")
+        synchronize(*staging.iterdir(), staging)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the room
+        raise
+    discard(folder)
+    os.rename(staging, folder)
+    synchronize(folder.parent)
 
 
 def damage(folder: Path) -> str:
     """What is wrong with a checkpoint, in a few words, or "" for one whose every byte is as it was written."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        files = manifest["files"]
-        if manifest["format"] != 1:
-            return f"格式版本是 {manifest['format']}，本程序只认 1"
-        if sha256(json.dumps(files, sort_keys=True)) != manifest["sha256"]:
-            return "manifest.json 被改动过"
-        for name in {"adapter_model.safetensors", "optimizer.safetensors", "state.json"} | set(files):
-            if files[name]["size"] != (folder / name).stat().st_size or files[name]["sha256"] != sha256((folder / name).read_bytes()):
-                return f"{name} 不完整或已损坏"
+        then, now = json.loads((folder / "manifest.json").read_text(encoding="utf-8")), describe(folder)
+        names = [name for name in {"state.json": 0, **now["files"], **then["files"]} if now["files"].get(name, 0) != then["files"].get(name, 1)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"文件缺失或读不出来（{error}）"
-    return ""
+        return f"读不出来（{error}）"
+    return f"{names[0]} 缺失或已损坏" if names else "" if now == then else "manifest.json 被改动过，或是别的版本写的"
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -205,95 +239,30 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
     """The checkpoint to go on from: `auto` takes the newest sound one, naming those it skips, None if there are none; a named one is taken or refused."""
-    if where != "auto":
-        problem = damage(Path(where))
-        return fail(4, f"{where} 不能用：{problem}。自动找最新的完好的：--resume_from_checkpoint auto") if problem else Path(where)
     runs = [Path(output_dir)] if output_dir else sorted(Path("output").glob("*/"), key=lambda p: -p.stat().st_mtime)
-    found = next((c for c in map(checkpoints, runs) if c), [])
+    found = next((c for c in map(checkpoints, runs) if c), []) if where == "auto" else [Path(where)]
     for candidate in found:
         if not (problem := damage(candidate)):
             return candidate
-        say(f"跳过 {candidate}：{problem}")
+        say(f"{candidate} 不能用：{problem}")
     if found:
-        fail(4, f"{found[0].parent} 里的 checkpoint 全部损坏，文件都没有动。从头训练：去掉 --resume_from_checkpoint，换一个 --output_dir")
+        fail(4, "checkpoint 全部损坏，文件都没有动。从头训练：去掉 --resume_from_checkpoint，换一个 --output_dir" if where == "auto" else
+             "自动找最新的完好的：--resume_from_checkpoint auto")
     say(f"{output_dir or 'output/'} 里没有 checkpoint，从头开始")
 
 
-def save_checkpoint(folder: Path, model, tokenizer, optimizer, state: dict) -> None:
-    """Write all that the loop changes. Random numbers need no file: every step seeds its own from (seed, step)."""
-    from safetensors.torch import save_file
-    def write(staging: Path):
-        save_adapter(staging, model, tokenizer)
-        values = {f"{i}.{key}": v for i, entry in optimizer.state_dict()["state"].items() for key, v in entry.items()}
-        save_file({k: v.contiguous() for k, v in values.items() if hasattr(v, "numel")}, staging / "optimizer.safetensors")
-        scalars = {k: v for k, v in values.items() if not hasattr(v, "numel")}
-        (staging / "state.json").write_text(json.dumps({**state, "optimizer": scalars}, ensure_ascii=False, indent=1), encoding="utf-8")
-
-    commit(folder, write)
-
-
-def save_adapter(folder: Path, model, tokenizer) -> None:
-    """An ordinary PEFT adapter with the tokenizer that it was trained with; exit 5 rather than save numbers that are none."""
-    import torch
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(parameter).all():
-            fail(5, f"权重 {name} 里出现了 NaN 或无穷大，没有保存。之前的 checkpoint 完好；调低 --learning_rate 再接着训练")
-    model.save_pretrained(folder, save_embedding_layers=False)
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-
-
-def load_checkpoint(folder: Path, model, optimizer=None, scalars: dict | None = None) -> None:
-    """Put a checkpoint's adapter into `model`, and its state into `optimizer` if given."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
-    if optimizer is not None:
-        states: dict[int, dict] = {}
-        for key, value in [*load_file(folder / "optimizer.safetensors").items(), *scalars.items()]:
-            i, _, name = key.partition(".")
-            states.setdefault(int(i), {})[name] = value
-        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-# ---- Words and pictures ----
-
-def preview(tokenizer, input_ids: list[int], labels: list[int]) -> str:
-    """The row as the model sees it: what is learned in green (off a terminal: between 【 】), the rest grey."""
-    learned, rest = ("\x1b[32m{}\x1b[0m", "\x1b[2m{}\x1b[0m") if sys.stderr.isatty() else ("【{}】", "{}")
-    spans = itertools.groupby(zip(input_ids, labels), key=lambda pair: pair[1] != -100)
-    return "".join((learned if is_label else rest).format(visible(tokenizer.decode([i for i, _ in span]))) for is_label, span in spans)
-
-
-def write_report(folder: Path, run: dict, history: list[dict], summary: dict) -> None:
-    """training_report.md, and loss.svg beside it, from the run's settings and its metrics."""
-    curves = {name: [(m["step"], m[name]) for m in history if name in m] for name in ("loss", "val_loss")}
-    xs, ys = zip(*[point for line in curves.values() for point in line])
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 230" font-family="sans-serif" font-size="12"><rect width="640" height="230" fill="#fff"/>',
-           f'<text x="8" y="28">{max(ys):.3g}</text><text x="8" y="200">{min(ys):.3g}</text><text x="600" y="218">{max(xs)}</text>']
-    for n, (colour, (name, line)) in enumerate(zip(("#1f77b4", "#d62728"), curves.items())):
-        path = " ".join(f"{50 + 570 * (x - min(xs)) / (max(xs) - min(xs) or 1):.1f},{200 - 180 * (y - min(ys)) / (max(ys) - min(ys) or 1):.1f}" for x, y in line)
-        svg.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/><text x="{60 + 70 * n}" y="14" fill="{colour}">{name}</text>')
-    (folder / "loss.svg").write_text("\n".join([*svg, "</svg>"]), encoding="utf-8")
-    lines = ["# 训练报告", "", f"{run['started']} 开始，{run['device']}，{run['dtype']}，torch {run['versions']['torch']}", "", "| 项目 | 值 |", "|---|---|",
-             *(f"| {name} | {value} |" for name, value in summary.items()), "", "![损失曲线](loss.svg)", "", "| 参数 | 值 |", "|---|---|",
-             *(f"| `{name}` | {value} |" for name, value in run["args"].items())]
-    (folder / "training_report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def main() -> None:
-    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' talk among themselves
+    warnings.simplefilter("ignore")  # the libraries' talk among themselves
     args = arguments()
-    resume = find_checkpoint(args.resume_from_checkpoint, args.output_dir) if args.resume_from_checkpoint else None
+    changed, resume = {}, find_checkpoint(args.resume_from_checkpoint, args.output_dir) if args.resume_from_checkpoint else None
     if resume:
         state = json.loads((resume / "state.json").read_text(encoding="utf-8"))
         args = arguments(saved=state["args"])
         args.output_dir = str(resume.parent)
-        new = {name: getattr(args, name) for name in state["args"].keys() - {"output_dir", "config", "resume_from_checkpoint"}}
-        changed = {name: f"  {name}：{state['args'][name]} → {value}" for name, value in new.items() if value != state["args"][name]}
+        changed = {name: f"  {name}：{old} → {getattr(args, name)}" for name, old in state["args"].items()
+                   if name not in ("output_dir", "config", "resume_from_checkpoint") and getattr(args, name) != old}
         if forbidden := [line for name, line in changed.items() if name not in MAY_CHANGE]:
-            fail(2, "这些参数和 checkpoint 里的不同，接着训练就不是同一次训练了：\n" + "\n".join(forbidden)
-                 + "\n去掉它们接着训练，或去掉 --resume_from_checkpoint 从头训练")
+            fail(2, "\n".join(["这些参数和 checkpoint 里的不同，接着训练就不是同一次训练了：", *forbidden, "去掉它们接着训练，或去掉 --resume_from_checkpoint 从头训练"]))
     model_path = args.model_name = find_model(args.model_name)
     if args.report_to == "wandb" and not importlib.util.find_spec("wandb"):
         fail(2, "没有安装 wandb。安装：pip install wandb；或用 --report_to tensorboard")
@@ -302,50 +271,58 @@ def main() -> None:
     tokenizer = load_tokenizer(model_path)
     rows, dropped = load_rows(args.dataset_name)
     rows = random.Random(args.seed).sample(rows, min(len(rows), args.max_samples or len(rows)))
-    if args.val_data:
-        val_rows, val_dropped = load_rows(args.val_data)
-        dropped += val_dropped
-    else:
-        n_val = min(math.ceil(len(rows) * args.val_ratio), len(rows) - 1)
-        val_rows, rows = rows[:n_val], rows[n_val:]
-    cut = []  # (where, tokens, whether the answer lost its end)
+    n_val = 0 if args.val_data else min(math.ceil(len(rows) * args.val_ratio), len(rows) - 1)
+    val_rows, val_dropped = load_rows(args.val_data) if args.val_data else (rows[:n_val], [])
+    rows, dropped = rows[n_val:], dropped + val_dropped
+    cut = {}  # where: (tokens, whether the answer lost its end)
 
     def tokenize(row: dict) -> tuple[list[int], list[int], str]:
-        where = row["where"]
         if "text" in row:
-            ids = text_ids(tokenizer, row["text"], first=True) + [tokenizer.eos_token_id]
-            full, (ids, labels) = ids, (ids[:args.max_length], ids[:args.max_length])
+            full = full_labels = text_ids(tokenizer, row["text"], first=True) + [tokenizer.eos_token_id]
+            ids = labels = full[:args.max_length]
         else:
-            messages = row["messages"]
-            if args.system and messages[0]["role"] != "system":
-                messages = [{"role": "system", "content": args.system}, *messages]
-            full, full_labels = encode(tokenizer, messages)
-            if full[:2] == [tokenizer.bos_token_id] * 2 or full_labels[-1] == -100:
-                fail(4, f"{where} 编码后{'没有结束符' if full_labels[-1] == -100 else '有两个 BOS'}，模型的对话模板有问题：\n{preview(tokenizer, full, full_labels)}")
-            ids, labels = (full, full_labels) if len(full) <= args.max_length else encode(tokenizer, messages, args.max_length)
+            system = [{"role": "system", "content": args.system}] if args.system and row["messages"][0]["role"] != "system" else []
+            full, full_labels = encode(tokenizer, system + row["messages"])
+            ids, labels = (full, full_labels) if len(full) <= args.max_length else encode(tokenizer, system + row["messages"], args.max_length)
+        if full[:2] == [tokenizer.bos_token_id] * 2 or full_labels[-1] == -100:
+            fail(4, f"{row['where']} 编码后{'没有结束符' if full_labels[-1] == -100 else '有两个 BOS'}，模型的对话模板有问题：\n{preview(tokenizer, full, full_labels)}")
         if len(full) > args.max_length:
-            cut.append((where, len(full), ids[-1] != full[-1]))
+            cut[row["where"]] = len(full), ids[-1] != full[-1]
         if all(t == -100 for t in labels[1:]):
-            fail(3, f"{where} 截断后没有剩下要学的内容：--max_length {args.max_length} 太小，这一行有 {len(full)} token")
-        return ids, labels, where
+            fail(3, f"{row['where']} 截断后没有剩下要学的内容：--max_length {args.max_length} 太小，这一行有 {len(full)} token")
+        return ids, labels, row["where"]
 
     train_data, val_data = [tokenize(row) for row in rows], [tokenize(row) for row in val_rows]
     lengths = sorted(len(ids) for ids, _, _ in train_data)
-    rows_per_step = args.batch_size * args.gradient_accumulation_steps
+    rows_per_step, budget = args.batch_size * args.gradient_accumulation_steps, args.batch_size * args.max_length
     steps_per_epoch = math.ceil(len(train_data) / rows_per_step)
     total_steps = min(math.ceil(steps_per_epoch * args.num_epochs), args.max_steps or sys.maxsize)
-    eval_every, save_every = args.eval_every or steps_per_epoch, args.save_every or steps_per_epoch
-    say(*(f"  跳过 {line}\n" for line in dropped[:5]), f"训练 {len(train_data)} 行，验证 {len(val_data)} 行，跳过 {len(dropped)} 行；每行 token：中位 {lengths[len(lengths) // 2]}，"
-        f"95% 不超过 {lengths[int(len(lengths) * 0.95)]}，最长 {lengths[-1]}，共 {sum(lengths):,}")
+    say(*(f"  跳过 {line}\n" for line in dropped[:5]), f"训练 {len(train_data)} 行，验证 {len(val_data)} 行，跳过 {len(dropped)} 行；"
+        f"每行 token：中位 {lengths[len(lengths) // 2]}，95% 不超过 {lengths[int(len(lengths) * 0.95)]}，最长 {lengths[-1]}，共 {sum(lengths):,}")
     if cut:
-        say(f"有 {len(cut)} 行超过 max_length {args.max_length}，其中 {sum(lost for _, _, lost in cut)} 行的回答被截断（这些行不学结束符）："
-            f"{'、'.join(where for where, _, _ in cut[:5])}{' 等' if len(cut) > 5 else ''}。要全部放下用 --max_length {max(n for _, n, _ in cut)}")
+        say(f"有 {len(cut)} 行超过 max_length {args.max_length}，其中 {sum(lost for _, lost in cut.values())} 行的回答被截断（这些行不学结束符）："
+            f"{'、'.join([*cut][:5])}{' 等' if len(cut) > 5 else ''}。要全部放下用 --max_length {max(cut.values())[0]}")
     say("第一行训练数据（" + ("绿色" if sys.stderr.isatty() else "【】里") + "是要学的）：\n" + preview(tokenizer, *train_data[0][:2]))
+
+    folder = Path(args.output_dir or time.strftime("output/llama-lora-%Y%m%d_%H%M%S"))
+    if not resume and ((folder / "final_model").exists() or checkpoints(folder)):
+        fail(2, f"{folder} 里已经有训练结果。接着训练加 --resume_from_checkpoint auto；重新训练换一个 --output_dir")
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - released when the process ends, however it ends
+    with contextlib.suppress(ImportError):  # Windows has no fcntl
+        import fcntl
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(2, f"另一个训练正在用 {folder}。等它结束，或换一个 --output_dir")
+    for stale in folder.glob(".tmp-*"):
+        shutil.rmtree(stale)
 
     # ---- 2. Device, model, LoRA ----
     import peft
     import torch
     import transformers
+    from safetensors.torch import load_file, save_file
     from tqdm import tqdm
 
     device, dtype = pick_device(args.device, args.dtype)
@@ -359,11 +336,9 @@ def main() -> None:
         fail(2, f"最长的一行有 {lengths[-1]} token，这个模型最多 {window}：用 --max_length {window}")
     if max(max(ids) for ids, _, _ in train_data) >= model.get_input_embeddings().num_embeddings:
         fail(4, f"tokenizer 的编号超出了模型的词表（{model.get_input_embeddings().num_embeddings}）：两者不是一套，请重新下载模型")
-    targets = args.target_modules or find_target_modules(model)
+    targets = args.target_modules or "all-linear"  # attention and FFN projections, not the output head
     targets = targets[0] if len(targets) == 1 and set(targets[0]) & set(".*|\\^$(") else targets  # one regex
-    config = peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, task_type="CAUSAL_LM",
-                             target_modules=targets,
-                             fan_in_fan_out=any(isinstance(m, transformers.pytorch_utils.Conv1D) for m in model.modules()))
+    config = peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, task_type="CAUSAL_LM", target_modules=targets)
     try:
         model = peft.get_peft_model(model, config)  # the LoRA weights are fp32 whatever the base is
     except ValueError as error:
@@ -371,66 +346,64 @@ def main() -> None:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     packed = args.fast and can_pack(model, train_data)
+    for module in model.modules() if packed and device == "cpu" else ():
+        if type(module) is torch.nn.Dropout:
+            module.forward = fast_dropout.__get__(module)
     parameters = [p for p in model.parameters() if p.requires_grad]
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
-    optimizer = (importlib.import_module("bitsandbytes.optim").PagedAdamW8bit if optim == "paged_adamw_8bit" else torch.optim.AdamW)(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    adamw = importlib.import_module("bitsandbytes.optim").PagedAdamW8bit if optim == "paged_adamw_8bit" else torch.optim.AdamW
+    optimizer = adamw(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
     amp = torch.autocast("cuda", dtype, enabled=dtype != torch.float32) if on_cuda else contextlib.nullcontext()
     scaler = torch.amp.GradScaler(enabled=on_cuda and dtype == torch.float16)
 
-    # ---- 3. The run's folder, and a checkpoint to go on from ----
-    folder = Path(args.output_dir or time.strftime("output/llama-lora-%Y%m%d_%H%M%S"))
-    if not resume and ((folder / "final_model").exists() or checkpoints(folder)):
-        fail(2, f"{folder} 里已经有训练结果。接着训练加 --resume_from_checkpoint auto；重新训练换一个 --output_dir")
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".tmp-*"):
-        shutil.rmtree(stale)
+    # ---- 3. The run's record, and a checkpoint to go on from ----
     run = {"args": vars(args), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "device": device, "dtype": str(dtype).removeprefix("torch."),
            "versions": {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in (torch, transformers, peft)}},
-           "threads": torch.get_num_threads(), "data_sha256": sha256(json.dumps([train_data, val_data])), "base_fingerprint": fingerprint(model_path),
+           "threads": state["threads"] if resume else torch.get_num_threads(), "data_sha256": sha256(json.dumps([train_data, val_data])), "base_fingerprint": fingerprint(model_path),
            "template_sha256": sha256(tokenizer.chat_template), "template_date": TEMPLATE_DATE.isoformat(), "end_tokens": end_token_ids(model, tokenizer)}
-    history, best, best_step, bad_evals, start_step = [], math.inf, 0, 0, 0
+    history, losses, best, best_step, bad_evals, start_step = [], [], math.inf, 0, 0, 0
     if resume:
         for key, name in (("data_sha256", "训练数据"), ("base_fingerprint", "基础模型的权重"), ("template_sha256", "对话模板")):
             if state[key] != run[key]:
                 fail(4, f"{name}和 checkpoint 里的不同（{state[key][:12]} → {run[key][:12]}）。换回原来的，或去掉 --resume_from_checkpoint 从头训练")
-        torch.set_num_threads(state["threads"])  # sums are added up in another order with another number of threads
-        if different := [f"{what} {then} → {now}" for what, then, now in
-                         [("设备", state["device"], device), *((k, v, run["versions"][k]) for k, v in state["versions"].items())] if then != now]:
+        torch.set_num_threads(run["threads"])  # sums are added up in another order with another number of threads
+        pairs = [("设备", state["device"], device), *((name, version, run["versions"][name]) for name, version in state["versions"].items())]
+        if different := [f"{what} {then} → {now}" for what, then, now in pairs if then != now]:
             say(f"注意：{'，'.join(different)}，结果不再与不中断时逐位一致")
-        start_step, best, best_step, bad_evals = state["step"], state["best"] or math.inf, state["best_step"], state["bad_evals"]
-        load_checkpoint(resume, model, optimizer, state["optimizer"])
+        start_step, best, best_step, bad_evals, losses = state["step"], state["best"] or math.inf, state["best_step"], state["bad_evals"], state["losses"]
+        peft.set_peft_model_state_dict(model, load_file(resume / "adapter_model.safetensors"))
+        entries = {**load_file(resume / "optimizer.safetensors"), **state["optimizer"]}
+        moments = {i: {key.partition(".")[2]: v for key, v in entries.items() if key.startswith(f"{i}.")} for i in range(len(parameters))}
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         scaler.load_state_dict(state["scaler"])
         with contextlib.suppress(OSError, ValueError), open(folder / "metrics.jsonl", encoding="utf-8") as file:
             history += (metric for metric in map(json.loads, file) if metric["step"] <= start_step)  # a crash may leave half a last line
         say(f"从 {resume} 接着训练：已做 {start_step} 步，共 {total_steps} 步", *changed.values(), sep="\n")
-        if start_step >= total_steps and (folder / "final_model").is_dir():
+        if (start_step >= total_steps or 0 < args.early_stopping_patience <= bad_evals) and (folder / "final_model").is_dir():
             return say(f"这次训练已完成：{folder / 'final_model'}。想再训几轮就加大 --num_epochs")
-    (folder / "run.json").write_text(json.dumps(run, ensure_ascii=False, indent=1), encoding="utf-8")
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in history), encoding="utf-8")
-    if args.report_to == "tensorboard":
+    for name, text in (("run.json", json.dumps(run, ensure_ascii=False, indent=1)), ("metrics.jsonl", "".join(json.dumps(m) + "\n" for m in history))):
+        (folder / f".new-{name}").write_text(text, encoding="utf-8")
+        os.replace(folder / f".new-{name}", folder / name)  # a crash or a full disk leaves the old one
+    if args.report_to == "wandb":
+        importlib.import_module("wandb").init(project="lora", name=folder.name, config=vars(args), dir=folder, sync_tensorboard=True)
+    if args.report_to != "none":
         from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(str(folder / "logs"), purge_step=start_step + 1 if resume else None)
-    elif args.report_to == "wandb":
-        import wandb
-        wandb.init(project="lora", name=folder.name, config=vars(args), dir=folder)
+        board = SummaryWriter(str(folder / "logs"), purge_step=start_step + 1 if resume else 0)
 
     def record(step: int, metrics: dict) -> None:
         history.append({"step": step, **metrics})
         with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(history[-1]) + "\n")
-        if args.report_to == "tensorboard":
-            for name, value in metrics.items():
-                board.add_scalar(name, value, step)
-        elif args.report_to == "wandb":
-            wandb.log(metrics, step=step)
+        for name, value in metrics.items() if args.report_to != "none" else ():
+            board.add_scalar(name, value, step)
 
     say(f"设备 {device}（{'--device 指定' if args.device != 'auto' else '没有找到显卡' if device == 'cpu' else '自动找到'}），基础权重 {run['dtype']}{'' if args.quantization == 'none' else '，量化 ' + args.quantization}，LoRA float32，优化器 {optim}，"
         f"{'按行打包，不填充' if packed else '填充' if not args.fast else '填充（这种模型不能打包）'}\n"
-        f"可训练参数 {trainable:,} / {total:,}（{100 * trainable / total:.2f}%），加在 {targets if isinstance(targets, str) else '、'.join(targets)}\n"
+        f"可训练参数 {trainable:,} / {total:,}（{100 * trainable / total:.2f}%），加在 {'、'.join(sorted({name.rpartition('.')[2] for name in model.targeted_module_names}))}\n"
         f"每步 {rows_per_step} 行，每轮 {steps_per_epoch} 步，共 {total_steps} 步；输出到 {folder}")
 
     # ---- 4. The loop ----
-    stopped_by = 0
+    stopped_by, warmup = 0, math.ceil(total_steps * args.warmup_ratio)
 
     def on_signal(number: int, frame) -> None:
         nonlocal stopped_by
@@ -441,18 +414,28 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    warmup, budget = math.ceil(total_steps * args.warmup_ratio), args.batch_size * args.max_length
-    bar, losses, tokens, all_tokens = tqdm(disable=True), [], 0, 0
-    began = since = time.perf_counter()
+    bar, tokens, all_tokens, skipped = tqdm(disable=True), 0, 0, 0
     model.train()
+
+    # The longest micro-batch first: too little memory shows now and not on row 900. On a card the budget shrinks until it fits: the gradient is the same.
+    while True:
+        try:
+            with amp:
+                loss_sum(model, micro_batches(sorted(train_data, key=lambda row: len(row[0]))[-rows_per_step:], budget, packed)[0], packed).backward()
+            break
+        except torch.OutOfMemoryError:
+            if budget < lengths[-1]:
+                raise
+            budget //= 2
+            say(f"显存放不下 {2 * budget} token 的微批，改为 {budget}，梯度不变")
+    optimizer.zero_grad(set_to_none=True)
+    began = since = time.perf_counter()
 
     for step in range(start_step, total_steps + 1):
         fresh = step > start_step or not resume  # what a checkpoint already holds is not done again
-        last = step == total_steps or stopped_by > 0
-        is_best = False
 
         # once in a while: evaluate, as the mean over all label tokens
-        if val_data and fresh and (step % eval_every == 0 or step == total_steps):
+        if val_data and fresh and (step % (args.eval_every or steps_per_epoch) == 0 or step == total_steps):
             model.eval()
             with torch.inference_mode(), amp:
                 val_loss = sum(loss_sum(model, batch, packed).item() for batch in micro_batches(val_data, budget, packed))
@@ -463,16 +446,25 @@ def main() -> None:
             record(step, {"val_loss": round(val_loss, 6), "epoch": round(step / steps_per_epoch, 4)})
             note = "微调前" if step == 0 else "目前最好" if is_best else f"最好的是第 {best_step} 步的 {best:.4f}"
             tqdm.write(f"验证：第 {step} 步，损失 {val_loss:.4f}，困惑度 {math.exp(min(val_loss, 50)):.2f}（{note}）", file=sys.stderr)
-            last = last or 0 < args.early_stopping_patience <= bad_evals
             since = time.perf_counter()
+        last = step == total_steps or stopped_by > 0 or 0 < args.early_stopping_patience <= bad_evals
 
         # once in a while: save, then delete what is neither recent nor the best
-        if step > 0 and fresh and (is_best or last or (save_every > 0 and step % save_every == 0)):
-            state = {**run, "step": step, "best": best if best < math.inf else None, "best_step": best_step, "bad_evals": bad_evals, "scaler": scaler.state_dict()}
-            save_checkpoint(folder / f"checkpoint-{step}", model, tokenizer, optimizer, state)
-            sound = [p for p in checkpoints(folder) if p.name != f"checkpoint-{best_step}" and not damage(p)]
-            for old in sound[args.save_total_limit:]:
-                shutil.rmtree(old, ignore_errors=True)
+        if step > 0 and fresh and (best_step == step or last or (args.save_every >= 0 and step % (args.save_every or steps_per_epoch) == 0)):
+            state = {**run, "step": step, "losses": losses, "best": best if best < math.inf else None, "best_step": best_step, "bad_evals": bad_evals,
+                     "scaler": scaler.state_dict()}
+            values = {f"{i}.{key}": v for i, entry in optimizer.state_dict()["state"].items() for key, v in entry.items()}
+            state["optimizer"] = {key: v for key, v in values.items() if not torch.is_tensor(v)}
+            if bad := next((name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()), None):
+                fail(5, f"权重 {bad} 里出现了 NaN 或无穷大，没有保存。之前的 checkpoint 完好；调低 --learning_rate 重新训练")
+            with staged(folder / f"checkpoint-{step}") as staging:
+                model.save_pretrained(staging, save_embedding_layers=False)
+                tokenizer.save_pretrained(staging)
+                (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+                save_file({key: v.contiguous() for key, v in values.items() if torch.is_tensor(v)}, staging / "optimizer.safetensors")
+                (staging / "state.json").write_text(json.dumps(state, ensure_ascii=False, indent=1), encoding="utf-8")
+            for old in [p for p in checkpoints(folder) if p.name != f"checkpoint-{best_step}" and not damage(p)][args.save_total_limit:]:
+                discard(old)
             since = time.perf_counter()
 
         # stop?
@@ -484,9 +476,8 @@ def main() -> None:
             bar.close()
             bar = tqdm(total=steps_per_epoch, initial=step % steps_per_epoch, desc=f"Epoch {step // steps_per_epoch + 1}/{math.ceil(args.num_epochs)}")
         batch_rows = [train_data[i] for i in step_rows(len(train_data), rows_per_step, args.seed, step)]
-        label_tokens = sum(t != -100 for _, labels, _ in batch_rows for t in labels[1:])
+        label_tokens, step_loss = sum(t != -100 for _, labels, _ in batch_rows for t in labels[1:]), 0.0
         torch.manual_seed(args.seed * 1_000_003 + step)
-        step_loss = 0.0
         for batch in micro_batches(batch_rows, budget, packed):
             with amp:
                 # a sum, divided by the label tokens of the whole step: any split of the rows gives the same gradient
@@ -497,10 +488,11 @@ def main() -> None:
         # clip; what is not a number never reaches the weights
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
-        if not math.isfinite(step_loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+        skipped = skipped + 1 if scaler.is_enabled() and not math.isfinite(grad_norm) else 0  # GradScaler drops such an update and halves its scale
+        if not math.isfinite(step_loss) or skipped > 8 or not (math.isfinite(grad_norm) or skipped):
             record(step + 1, {"loss": step_loss, "grad_norm": grad_norm})
-            fail(5, f"第 {step + 1} 步的{'梯度' if math.isfinite(step_loss) else '损失'}不是有限的数，在更新权重之前停下了。这一步的数据：\n  "
-                    + "、".join(where for _, _, where in batch_rows) + f"\n检查这些行，或调低 --learning_rate 重新训练；之前的 checkpoint 完好，在 {folder}")
+            fail(5, f"第 {step + 1} 步的{'梯度' if math.isfinite(step_loss) else '损失'}不是有限的数，在更新权重之前停下了。这一步的数据：\n  {'、'.join(where for _, _, where in batch_rows)}\n"
+                    f"检查这些行，或调低 --learning_rate 重新训练；之前的 checkpoint 完好，在 {folder}")
 
         # optimizer
         left = (total_steps - step) / max(1, total_steps - warmup)
@@ -519,9 +511,8 @@ def main() -> None:
             now = time.perf_counter()
             left = int((now - began) / (step + 1 - start_step) * (total_steps - step - 1))
             metrics = {"loss": round(sum(losses) / len(losses), 6), "learning_rate": float(f"{args.learning_rate * scale:.4g}"), "grad_norm": round(grad_norm, 4),
-                       "tokens_per_second": round(tokens / (now - since), 1), "epoch": round((step + 1) / steps_per_epoch, 4)}
-            if on_cuda:
-                metrics["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+                       "tokens_per_second": round(tokens / (now - since), 1), "epoch": round((step + 1) / steps_per_epoch, 4),
+                       **({"peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if on_cuda else {})}
             record(step + 1, metrics)
             tqdm.write(f"{metrics} 第 {step + 1}/{total_steps} 步，还要 {left // 60}:{left % 60:02d}", file=sys.stderr)
             losses, tokens, all_tokens, since = [], 0, all_tokens + tokens, now
@@ -532,16 +523,25 @@ def main() -> None:
         sys.exit(128 + stopped_by)
 
     # ---- 5. The best adapter becomes final_model ----
-    if 0 < best_step < step:
-        load_checkpoint(folder / f"checkpoint-{best_step}", model)
-        say(f"取验证损失最低的第 {best_step} 步作为最终模型")
-    commit(folder / "final_model", lambda staging: save_adapter(staging, model, tokenizer))
+    if problem := damage(source := folder / f"checkpoint-{best_step or step}"):
+        fail(4, f"最好的 {source} 不能用：{problem}，没有写 final_model。可以直接用另一个：python inference.py --interactive --lora_weights {folder}/checkpoint-N")
+    with staged(folder / "final_model") as staging:
+        for file in set(source.iterdir()) - {source / name for name in ("optimizer.safetensors", "state.json", "manifest.json")}:
+            shutil.copy(file, staging)
     minutes = (time.perf_counter() - began) / 60
     summary = {"步数": f"{step}（{step / steps_per_epoch:g} 轮）", "训练行数": len(train_data), "可训练参数": f"{trainable:,}（{100 * trainable / total:.2f}%）",
-               "用时": f"{minutes:.1f} 分钟", "速度": f"{all_tokens / minutes / 60:.0f} token/s（含验证和保存）"}
-    if val_data:
-        summary["验证损失"] = f"{next(m['val_loss'] for m in history if 'val_loss' in m):.4f} → {best:.4f}（第 {best_step} 步）"
-    write_report(folder, run, history, summary)
+               "用时": f"{minutes:.1f} 分钟", "速度": f"{all_tokens / minutes / 60:.0f} token/s（含验证和保存）",
+               **({"验证损失": f"{next(m['val_loss'] for m in history if 'val_loss' in m):.4f} → {best:.4f}（第 {best_step} 步）"} if val_data else {})}
+    curves = {"#1f77b4": [(m["step"], -m["loss"]) for m in history if "loss" in m], "#d62728": [(m["step"], -m["val_loss"]) for m in history if "val_loss" in m]}
+    xs, ys = zip(*itertools.chain(*curves.values()))
+    lines = [f'<polyline points="{" ".join(f"{x},{y}" for x, y in line)}" fill="none" stroke="{colour}" stroke-width="2" vector-effect="non-scaling-stroke"/>'
+             for colour, line in curves.items()]
+    (folder / "loss.svg").write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="240" preserveAspectRatio="none" viewBox="{min(xs)} {min(ys)} '
+                                     f'{max(xs) - min(xs) or 1} {max(ys) - min(ys) or 1}">{"".join(lines)}</svg>\n', encoding="utf-8")
+    (folder / "training_report.md").write_text("\n".join([
+        f"# 训练报告\n\n{run['started']} 开始，{run['device']}，{run['dtype']}，torch {run['versions']['torch']}\n\n![损失曲线](loss.svg)\n",
+        f"蓝：训练损失，红：验证损失。横轴是第 {min(xs)} 到 {max(xs)} 步，纵轴从 {-max(ys):.3g} 到 {-min(ys):.3g}。\n\n| 项目 | 值 |\n|---|---|",
+        *(f"| {name} | {value} |" for name, value in [*summary.items(), *run["args"].items()]), ""]), encoding="utf-8")
     say("\n".join(f"{name}：{value}" for name, value in summary.items()) + f"\n训练完成，报告在 {folder / 'training_report.md'}")
     print(folder / "final_model")
 

@@ -116,8 +116,8 @@ def test_a_model_that_mixes_packed_rows_is_not_packed(tiny):
     from train import can_pack
 
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
-    forward = model.forward
-    model.forward = lambda *args, row_lengths=None, **kwargs: forward(*args, row_lengths=[sum(row_lengths)] if row_lengths else None, **kwargs)
+    forward = model.model.forward
+    model.model.forward = lambda *args, row_lengths=None, **kwargs: forward(*args, row_lengths=[sum(row_lengths)] if row_lengths else None, **kwargs)
     rows = [(list(range(100 + 50 * n, 160 + 50 * n)), [], "") for n in range(3)]
     assert not can_pack(model, rows)
     assert model.config._attn_implementation != "packed"
