@@ -1,7 +1,7 @@
 """What two or more of the scripts need: flags, rows, encoding, loading.
 
-Plain values in, plain values out. Nothing happens at import, and each function imports the heavy libraries that
-it uses, so that it can be pasted elsewhere alone. train.py needs this one file and nothing else of the project.
+Plain values in, plain values out. Nothing happens at import, and each function imports the heavy libraries that it uses, so that it can
+be pasted elsewhere alone. train.py needs this one file and nothing else of the project.
 """
 
 import argparse
@@ -12,11 +12,11 @@ import difflib
 import errno
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
+import random
 import re
 import sys
 import unicodedata
@@ -25,27 +25,25 @@ from typing import Any, NoReturn
 
 DEFAULT_MODEL = "./models/LLM-Research/Llama-3.2-3B-Instruct"
 DEMO_MODEL = "./models/SmolLM2-135M-Instruct"
-
 # Llama-3.2's template prints today's date, so training and chatting would see different prompts: every template is given this day.
 TEMPLATE_DATE = datetime.date(2024, 7, 26)
-
 # for tokenizers without a template of their own (GPT-2, OPT …); saved with the adapter
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}\n\n"
-    "{% elif m['role'] == 'user' %}### 问题：\n{{ m['content'] }}\n\n### 回答：\n"
-    "{% else %}{{ m['content'] }}{{ eos_token }}\n\n{% endif %}{% endfor %}"
-)
-
+PLAIN_TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}\n\n"
+                  "{% elif m['role'] == 'user' %}### 问题：\n{{ m['content'] }}\n\n### 回答：\n"
+                  "{% else %}{{ m['content'] }}{{ eos_token }}\n\n{% endif %}{% endfor %}")
 # Column names that people use for the same thing. The canonical name wins where several are there.
 COLUMNS = {
-    "instruction": ("instruction", "question", "query", "prompt", "text", "问题", "提问", "指令", "题目"),
+    "instruction": ("instruction", "question", "query", "prompt", "text", "问题", "問題", "提问", "指令", "题目"),
     "input": ("input", "context", "输入", "背景", "补充信息"),
     "output": ("output", "answer", "response", "completion", "target", "回答", "答案", "输出", "回复"),
-    "system": ("system", "system_prompt", "系统提示"),
+    "system": ("system", "system_prompt", "系统提示"), "history": ("history", "历史"),
     "messages": ("messages", "conversations", "conversation", "对话"),
 }
-ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "bot": "assistant", "用户": "user", "助手": "assistant"}
-
+ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "bot": "assistant", "用户": "user", "助手": "assistant",
+         "function_call": "assistant", "observation": "user", "tool": "user"}
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
+FOREIGN = {rb"\x1f\x8b|BZh|\xfd7zXZ|Rar!|7z\xbc": "压缩包，请先解压", rb"\xd0\xcf\x11\xe0": "旧版 Excel（.xls），请另存为 .xlsx", rb"%PDF": "PDF，请把内容放进表格",
+           rb"\s*<(?i:!doctype|html|\?xml|table)": "网页（HTML），请在 Excel 里打开后另存为 .xlsx"}
 
 # ---- 1. Words to the user ----
 
@@ -53,55 +51,44 @@ def say(*parts: Any, sep: str = " ") -> None:
     """Print progress to stderr; stdout is for results."""
     print(*parts, sep=sep, file=sys.stderr, flush=True)
 
-
 def fail(code: int, message: str) -> NoReturn:
     """End the program with one clear sentence. Codes: 2 usage, 3 data, 4 model or adapter, 5 numeric, 6 resources."""
     say(f"错误：{message}")
     raise SystemExit(code)
 
-
 def visible(text: str) -> str:
     """`text` with terminal control characters shown instead of obeyed (newline and tab stay)."""
-    bad = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
-    keep = "\n\t\u200d"  # U+200D joins emoji
+    keep, bad = "\n\t\u200d", {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # U+200D joins emoji
     return "".join(c if c in keep or unicodedata.category(c) not in bad else f"\\x{ord(c):02x}" for c in text)
-
 
 # ---- 2. Flags ----
 
 class OneNameHelp(argparse.RawDescriptionHelpFormatter):
     """Help that shows a flag's first name and not its aliases."""
-
     def _format_action_invocation(self, action):
         return action.option_strings[0] + ("" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}")
 
-
 def number(kind: type, low: float, high: float = math.inf, above: bool = False):
     """An argparse type: a finite `kind` from `low` (`above`: more than it) to `high`."""
-
     def parse(text: str):
         with contextlib.suppress(ValueError, OverflowError):
-            value = kind(text)
-            if math.isfinite(value) and (low < value if above else low <= value) and value <= high:
+            if math.isfinite(value := kind(text)) and (low < value if above else low <= value) and value <= high:
                 return value
         limits = f"{'大于' if above else '不小于'} {low:g}" + (f"、不大于 {high:g}" if high < math.inf else "")
         raise argparse.ArgumentTypeError(f"“{text}”不行，应为{limits}的{'整数' if kind is int else '数'}")
 
     return parse
 
-
 def nearest(name: str, names) -> str:
     """“，你是不是想写 X？” for the closest of `names`, or nothing."""
     close = difflib.get_close_matches(name, list(names), 1, 0.5)
     return f"，你是不是想写 {close[0]}？" if close else "。"
-
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """An ArgumentParser with `doc` as its help and --config; a mistake is one Chinese sentence and exit code 2."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=OneNameHelp, allow_abbrev=False, usage="%(prog)s [参数 …]", add_help=False)
     words = {"argument ": "参数 ", "expected one argument": "后面缺少一个值", "expected at least one argument": "后面至少要有一个值",
              "invalid choice: ": "没有这个选项 ", "choose from": "可选"}
-
     def error(message: str) -> NoReturn:
         for english, chinese in words.items():
             message = message.replace(english, chinese)
@@ -113,25 +100,27 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="YAML 或 JSON 配置文件；命令行上写的参数优先")
     return parser
 
-
 def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse `argv`, hyphens and underscores alike, with the entries of a --config file put before the typed flags.
-
-    Being flags, they are checked by argparse itself. A key that only a sibling script knows is skipped; one that none
-    knows, like a mistyped flag, is exit code 2 with the nearest name.
-    """
+    """Parse `argv`, hyphens and underscores alike, with the entries of a --config file as flags before the typed ones: argparse checks them
+    too. A key that only a sibling script knows is skipped; one that none knows, like a mistyped flag, is exit 2 with the nearest name."""
     actions = parser._option_string_actions
     flags = {name.replace("-", "_"): name for name in actions if name.startswith("--")}
-    typed = []
+    typed, words, entries = [], [], {}
     for word in sys.argv[1:] if argv is None else argv:
         name, equals, value = word.partition("=")
         typed.append(flags.get(name.replace("-", "_"), name) + equals + value)
     config = parser.parse_known_args(typed)[0].config
-    words = []
-    for key, value in (read_config(config) if config else {}).items():
-        key = str(key).replace("-", "_")
-        flag = flags.get(f"__{key}")
-        if flag is None:
+    if config:
+        import yaml
+        try:
+            entries = yaml.safe_load(Path(config).read_text(encoding="utf-8-sig"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            place = f" 第 {error.problem_mark.line + 1} 行" if getattr(error, "problem_mark", None) else ""
+            fail(2, f"配置文件 {config}{place} 读不出来：{getattr(error, 'problem', None) or getattr(error, 'strerror', None) or error}")
+        if not isinstance(entries, dict):
+            fail(2, f"配置文件 {config} 里应该是“名字: 值”，每行一个")
+    for key, value in entries.items():
+        if (flag := flags.get("__" + (key := str(key).replace("-", "_")))) is None:
             siblings = {n for p in Path(__file__).parent.glob("*.py") for n in re.findall(r'"--(\w+)"', p.read_text("utf-8"))}
             if key not in siblings:
                 fail(2, f"{config} 里的 {key} 不是任何脚本的参数{nearest(key, siblings)}")
@@ -146,146 +135,176 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         fail(2, f"不认识的参数 {unknown[0]}{nearest(unknown[0].partition('=')[0], actions)}\n全部参数：python {Path(sys.argv[0]).name} --help")
     return args
 
-
-def read_config(path: str) -> dict:
-    """The mapping in a YAML or JSON file; exit 2 where there is none."""
-    import yaml
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        place = f" 第 {error.problem_mark.line + 1} 行" if getattr(error, "problem_mark", None) else ""
-        fail(2, f"配置文件 {path}{place} 读不出来：{getattr(error, 'problem', None) or getattr(error, 'strerror', None) or error}")
-    return values if isinstance(values, dict) else fail(2, f"配置文件 {path} 里应该是“名字: 值”，每行一个")
-
-
 # ---- 3. Rows ----
 
-def decode(data: bytes, path: str) -> tuple[str, str]:
-    """Text and encoding of `data`: a BOM decides, else strict UTF-8, else strict GB18030. Never a guess that garbles."""
-    encoding = {b"\xef\xbb": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}.get(data[:2], "utf-8")
-    try:
-        return data.decode(encoding), encoding
-    except UnicodeDecodeError as error:
-        first = error
-    with contextlib.suppress(UnicodeDecodeError):
-        # UTF-8 Chinese happens to be valid GB18030, as other characters: a line of it means that the file is a mixture
-        mixed = re.search(rb"(?m)^[\x00-\x7f]*(?:[\xe4-\xe9][\x80-\xbf]{2}[\x00-\x7f]*){3,}$", data)
-        if encoding == "utf-8" and not mixed:
-            return data.decode("gb18030"), "gb18030"
-    line = data.count(b"\n", 0, first.start) + 1
-    fail(3, f"{path}:{line} 第 {first.start} 字节不是有效的 {encoding.upper()}，整个文件也不是 GB18030。在 Excel 里另存为“CSV UTF-8”后再试")
+def decode(data: bytes, path: str, encoding: str | None = None) -> tuple[str, str]:
+    """Text and encoding of `data`: `encoding`, or what a BOM says, or UTF-8, or GB18030, strictly; never a guess that garbles."""
+    known, errors = re.sub("(?i)^utf-?8$", "utf-8-sig", encoding or "") or {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}.get(data[:2]), []
+    for name in [known] if known else ["utf-8-sig", "gb18030"]:
+        try:
+            text = data.decode(name)
+        except (UnicodeDecodeError, LookupError) as error:
+            errors.append(getattr(error, "start", 0))
+            continue
+        wide = re.sub("[\0-\x7f]+", "", text[:500_000])  # nearly any bytes are valid GB18030, so it must look like Chinese:
+        usual = len(wide.encode("gb2312", "ignore")) / 2 >= 0.8 * len(wide)  # Big5, Shift-JIS and cp1252 fall outside of GB2312, EUC-KR inside,
+        common = sum(map(wide.count, "的一是不了在有人我他这中大来上个国到说们为和你地出也时年要以会可能法问答，")) >= 0.05 * len(wide)
+        mixed = re.search(rb"(?m)^[\0-\x7f]*(?:[\xe4-\xe9][\x80-\xbf]{2}[\0-\x7f]*){3,}$", data)  # and this is a line of UTF-8
+        if encoding or name != "gb18030" or usual and not mixed and (common or len(wide) < 30):
+            return text, name
+    place = f"{path}:{data.count(10, 0, errors[0]) + 1} 第 {errors[0]} 字节"
+    fail(3, f"{place}不是有效的 {(known or 'UTF-8').upper()}{'' if known else '，整个文件也不像 GB18030 的中文'}。\n"
+            "在 Excel 里另存为“CSV UTF-8”后再试；知道编码就写出来，例如 --encoding big5、utf-16-le")
 
-
-def read_table(path: str) -> list[tuple[int, dict]]:
-    """(line, record) pairs of a CSV, TSV, JSON or JSONL file, read strictly: no shifted column, no changed text.
-
-    Raises SystemExit(3) with file and line where a row has too many or too few cells, a quote is never closed, or JSON
-    is broken.
-    """
+def read_table(path: str, encoding: str | None = None, known: frozenset = frozenset()):
+    """(line, record) of each row of a CSV, TSV, JSON, JSONL, XLSX or Parquet file, whatever its name; (line, sentence) of a bad row.
+    No cell moves, no text changes. `known` names of columns tell the delimiter. Exit 3 where the whole file is broken."""
+    if not os.path.isfile(path):
+        fail(3, f"{path} 不是普通文件" if os.path.exists(path) else f"没有数据文件 {path}{nearest(path, map(str, Path(path).parent.glob('*')))}")
+    with open(path, "rb") as file:
+        start = file.read(1000)
+    if kind := next((kind for magic, kind in FOREIGN.items() if re.match(magic, start)), None):
+        fail(3, f"{path} 其实是{kind}")
     try:
-        text, encoding = decode(Path(path).read_bytes(), path)
-    except OSError as error:
-        fail(3, f"读不到数据文件 {path}：{error.strerror}")
-    if encoding not in ("utf-8", "utf-8-sig"):
-        say(f"{path} 的编码是 {encoding.upper()}")
-    if "\0" in text:
-        fail(3, f"{path}:{text.count(chr(10), 0, text.index(chr(0))) + 1} 含有 NUL 字符，文件可能已损坏或不是文本")
-    if text.lstrip()[:1] in ("[", "{"):
-        return read_json(path, text)
-    csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
-    records, start, header = [], 1, None
+        if start[:4] == b"PAR1":
+            import pyarrow.parquet
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
+            return (yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1))
+        if start[:4] == b"PK\3\4":
+            import pandas
+            rows = enumerate(pandas.read_excel(path, header=None, dtype=str, na_filter=False).values.tolist(), 1)
+    except Exception as error:  # noqa: BLE001 - broken files raise a dozen unrelated types
+        fail(3, f"{path} 是 Excel、Parquet 或压缩包，但读不出来：{visible(str(error))[:100]}")
+    if start[:4] != b"PK\3\4":
+        text, name = decode(Path(path).read_bytes(), path, encoding)
+        if name != "utf-8-sig":
+            say(f"{path} 的编码是 {name.upper()}")
+        if (head := text[:4000].lstrip("\ufeff \t\r\n"))[:1] in ("[", "{"):
+            return (yield from read_json(path, text, head[0] == "["))
+        titles, text = re.split("[\r\n]", head.lower())[0], ""
+        delimiter = max(",\t;|，", key=lambda d: len(known & {title.strip(' "') for title in titles.split(d)}))  # the comma where none is known
+        csv.field_size_limit(2**31 - 1)
+        reader = csv.reader(open(path, encoding=name, newline=""), strict=True, delimiter=delimiter)  # noqa: SIM115
+        rows = ((reader.line_num, cells) for cells in reader)
+    header, end = [], 0
     try:
-        for cells in reader:
-            if header is None:
-                header = [name.strip() for name in cells]
-                if len(set(header)) < len(header):
-                    fail(3, f"{path}:1 表头有重复的列名：{', '.join(header)}")
+        for last, cells in rows:
+            line, end = end + 1, last
+            if not header:
+                header = [name.strip("\ufeff \t") for name in cells]
+                if doubled := {name for name in header if name and header.count(name) > 1}:
+                    fail(3, f"{path}:{line} 表头有重复的列名：{'、'.join(doubled)}。改成不同的名字再试")
             elif cells and len(cells) != len(header):
-                fail(3, f"{path}:{start} 有 {len(cells)} 个单元格，表头有 {len(header)} 个：{visible(','.join(cells))[:60]}\n"
-                        '单元格里的逗号要放进双引号，例如 "合同,法"')
-            elif cells:
-                records.append((start, dict(zip(header, cells))))
-            start = reader.line_num + 1
-    except csv.Error as error:
-        fail(3, f"{path}:{start} 从这一行开始的引号没有配对（{error}）。单元格里的双引号要写成两个")
-    return records
+                yield line, f'有 {len(cells)} 个单元格，表头有 {len(header)} 个：{visible(",".join(cells))[:60]}\n单元格里的逗号要放进双引号，例如 "合同,法"'
+            elif any(cells):
+                yield line, dict(zip(header, cells))
+    except csv.Error as error:  # nobody knows where the next row begins, so this one cannot be skipped
+        fail(3, f"{path}:{end + 1} 从这一行开始的引号没有配对（{error}）。\n单元格里的双引号要写成两个，整个单元格放进双引号")
 
+def read_json(path: str, text: str, array: bool):
+    """Like read_table, of the text of a JSON array or of JSON Lines; numbers stay as they are written."""
+    def unique(pairs: list[tuple]) -> dict:
+        return dict(pairs) if len(dict(pairs)) == len(pairs) else int("重复的键")
 
-def read_json(path: str, text: str) -> list[tuple[int, dict]]:
-    """(line, record) pairs of a JSON array or of JSON Lines, whatever the file is called."""
-    array = text.lstrip().startswith("[")
-    between, records, at = re.compile(r"[\s,\[\]]*" if array else r"\s*"), [], 0
-    try:
-        if array:
-            json.loads(text)  # the loop below would not see a missing bracket
-        while (at := between.match(text, at).end()) < len(text):
-            record, end = json.JSONDecoder().raw_decode(text, at)
-            line = text.count("\n", 0, at) + 1
-            if not isinstance(record, dict):
-                fail(3, f"{path}:{line} 应该是 {{…}} 对象，得到 {visible(text[at:end])[:40]}")
-            records.append((line, record))
-            at = end
-    except (json.JSONDecodeError, RecursionError) as error:
-        fail(3, f"{path}:{getattr(error, 'lineno', 1)} 不是有效的 JSON：{getattr(error, 'msg', '嵌套太深')}")
-    return records
+    decoder = json.JSONDecoder(object_pairs_hook=unique, parse_int=str, parse_float=str, parse_constant=int)  # int() refuses NaN as well
+    first, between = (r"\ufeff?\s*\[\s*", r"\s*,\s*") if array else (r"\ufeff?\s*", r"[ \t\r]*\n\s*")
+    line, at = 1, 0
+    while (gap := re.compile(between if at else first).match(text, at)) and gap.end() < len(text):
+        line, start = line + text.count("\n", at, gap.end()), gap.end()
+        try:
+            record, at = decoder.raw_decode(text, start)
+            record = record if isinstance(record, dict) else f"应该是 {{…}} 对象，得到 {visible(str(record))[:40]}"
+        except (ValueError, RecursionError) as error:
+            record, at = f"不是有效的 JSON：{getattr(error, 'msg', str(error).rpartition(': ')[2])}", text.find("\n", start) % (len(text) + 1)  # nowhere (-1): the end
+            if array:
+                fail(3, f"{path}:{getattr(error, 'lineno', line)} {record}")
+        yield line, record
+        line += text.count("\n", start, at)
+    if text[at:].strip() != ("]" if array else ""):
+        fail(3, f"{path}:{line} 不是有效的 JSON：{visible(text[at:].strip())[:40] or '没有用 ] 结束'}")
 
-
-def load_rows(path: str) -> tuple[list[dict], list[str]]:
-    """Rows ready to encode, and a sentence for each one dropped; the mapping of columns is printed. Exit 3 where there is none.
-
-    A row is {"messages": [{"role", "content"}, …], "where": "file:line"}, or {"text": …, "where": …} for text learned whole.
-    """
-    records = read_table(path) or fail(3, f"{path} 里没有数据行")
-    names = {str(name).strip().lower(): name for _, record in records for name in record}
-    columns = {}
+def find_columns(names: tuple, wanted: dict) -> dict:
+    """{field: name of its column}, `wanted` being what the user says of it; ValueError with a sentence where it cannot be told."""
+    known = {str(name).strip().lower(): name for name in names if name not in wanted.values()}
+    listed = f"现有的列是：{visible('、'.join(map(str, names)))[:200]}"
+    if missing := set(wanted.values()) - set(names):
+        raise ValueError(f"没有 {missing.pop()} 列，{listed}")
+    columns = dict(wanted)
     for field, aliases in COLUMNS.items():
-        found = [names[alias] for alias in aliases if alias in names]
-        if len(found) > 1 and field not in names:
-            fail(3, f"{path}:1 列 {'、'.join(found)} 都可以当作 {field}，请只留一列")
-        columns |= {field: found[0]} if found else {}
-    if "text" in names and not {"output", "messages"} & set(columns):
-        columns = {"text": names["text"]}
-    if not ({"text", "messages"} & set(columns) or {"instruction", "output"} <= set(columns)):
-        odd = next((c for c in ";，；|" if len(names) == 1 and c in "".join(names)), "")
-        fail(3, f"{path}:1 找不到 {'、'.join({'instruction', 'output'} - set(columns))} 列，现有的列是：{'、'.join(map(str, names.values()))}。\n"
-                + (f"分隔符好像是“{odd}”，请换成英文逗号" if odd else "把问题列改名为 instruction（或 问题），回答列改名为 output（或 回答）"))
-    unused = "、".join(str(name) for name in names.values() if name not in columns.values())
-    say(f"数据 {path}：{len(records)} 行，列 " + "，".join(n if n == f else f"{n} → {f}" for f, n in columns.items()) + (f"（没有用到：{unused}）" if unused else ""))
-    rows, dropped = [], []
-    for line, record in records:
-        where = f"{path}:{line}"
-        cell = {field: record[name] if record.get(name) is not None else "" for field, name in columns.items()}
-        if cell.get("messages"):
-            row = {"messages": read_messages(cell["messages"], where)}
-        elif "text" in cell:
-            row = {"text": str(cell["text"]).strip()}
-        else:
-            texts = {field: str(value).strip() for field, value in cell.items()}
-            turns = (("system", texts.get("system")), ("user", "\n".join(filter(None, (texts.get("instruction"), texts.get("input"))))), ("assistant", texts.get("output")))
-            row = {"messages": [{"role": role, "content": text} for role, text in turns if text] if turns[1][1] and turns[2][1] else []}
-        if row.get("text") or row.get("messages"):
-            rows.append({**row, "where": where})
-        else:
-            dropped.append(f"{where}：问题或回答是空的")
-    return rows or fail(3, f"{path} 里没有一行同时有问题和回答"), dropped
+        found = [known[alias] for alias in aliases if alias in known]
+        if len(found) > 1 and field not in known and field not in wanted:
+            raise ValueError(f"列 {'、'.join(found)} 都可以当作 {field}。只留一列，或写明 --columns {field}={found[0]}")
+        columns |= {field: found[0]} if found and field not in columns else {}
+    if "text" in columns or "text" in known and not {"output", "messages"} & set(columns):
+        return {"text": columns.get("text") or known["text"]}
+    if "messages" in columns or not (missing := "、".join({"instruction", "output"} - set(columns))):
+        return columns
+    raise ValueError(f"找不到 {missing} 列，{listed}。\n写明哪列是问题、哪列是回答：--columns instruction=列名,output=列名")
 
+def make_row(cells: dict) -> dict:
+    """The row of {field: value}; {} where the question or an answer is empty, ValueError with a sentence where a cell is odd."""
+    def text(value) -> str:
+        if isinstance(value, (list, dict, bytes)) or re.search("[\0\ud800-\udfff]", str(value)):
+            raise ValueError(f"应该是文字，得到 {visible(str(value))[:60]}")
+        return "" if value is None or isinstance(value, float) and math.isnan(value) else str(value).strip()
 
-def read_messages(cell: Any, where: str) -> list[dict]:
-    """OpenAI messages or ShareGPT conversations as [{"role", "content"}], up to the last assistant turn; [] where one is empty."""
-    try:
-        turns = json.loads(cell) if isinstance(cell, str) else cell
-        roles = [ROLES.get(role, role) for role in (turn.get("role") or turn.get("from") for turn in turns)]
-        messages = [{"role": role, "content": (turn.get("content") or turn.get("value") or "").strip()} for role, turn in zip(roles, turns)]
-    except (ValueError, AttributeError, TypeError):
-        fail(3, f'{where} 的对话应该是 [{{"role": "user", "content": "…"}}, …]')
-    if bad := set(roles) - {"system", "user", "assistant"}:
-        fail(3, f"{where} 的角色 {bad.pop()} 不认识，应为 system、user 或 assistant")
+    if "text" in cells:
+        return {"text": text(cells["text"])} if text(cells["text"]) else {}
+    cells = {f: json.loads(cell) if f in ("messages", "history") and isinstance(cell, str) and cell else cell for f, cell in cells.items()}
+    if not (turns := cells.get("messages")) and isinstance(cells.get("instruction"), list):
+        turns = cells["instruction"] + cells["output"]  # TRL's prompt and completion may be messages
+    if turns:
+        said = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns]
+    else:
+        said = [pair for asked, answered in cells.get("history") or [] for pair in (("user", asked), ("assistant", answered))]
+        said += [("user", "\n".join(filter(None, (text(cells.get("instruction")), text(cells.get("input")))))), ("assistant", cells.get("output"))]
+    if text(cells.get("system")) and said[0][0] != "system":
+        said.insert(0, ("system", cells["system"]))
+    messages = [{"role": ROLES.get(role, role), "content": text(content)} for role, content in said]
+    if bad := {m["role"] for m in messages} - {"system", "user", "assistant"}:
+        raise ValueError(f"的角色 {bad.pop()} 不认识，应为 system、user 或 assistant")
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
-    return messages if all(m["content"] for m in messages) else []
+    return {"messages": messages} if messages and all(m["content"] for m in messages) else {}
 
+def stream_rows(path: str, encoding: str | None = None, columns: str | None = None, skip_bad_rows: bool = False):
+    """One by one the rows that load_rows gives, and a sentence in the place of each that is dropped."""
+    wanted = dict(pair.partition("=")[::2] for pair in re.split("[,，]", columns)) if columns else {}
+    files = sorted(str(p) for p in Path(path).iterdir() if p.suffix.lower() in SUFFIXES) if os.path.isdir(path) else [path]
+    for file in [file for file in files if "train" in Path(file).name] or files or [path]:  # of a folder that is split already, the part to learn
+        mapped: dict = {}
+        for line, record in read_table(file, encoding, frozenset(itertools.chain(wanted.values(), *COLUMNS.values()))):
+            where = f"{file}:{line}"
+            try:
+                if isinstance(record, str):
+                    raise ValueError(record)  # noqa: TRY004 - it is a sentence
+                if (names := tuple(record)) not in mapped:
+                    mapped[names] = find_columns(names, wanted)
+                    used = "，".join(name if name == field else f"{name} → {field}" for field, name in mapped[names].items())
+                    say(f"数据 {file}：列 {used}（没有用到：{'、'.join(str(name) for name in names if name not in mapped[names].values()) or '无'}）")
+                row = make_row({field: record[name] for field, name in mapped[names].items()})
+                yield {**row, "where": where} if row else f"{where}：问题或回答是空的"
+            except (ValueError, TypeError, AttributeError) as error:
+                problem = str(error) if type(error) is ValueError else '的对话应该是 [{"role": "user", "content": "…"}, …]'
+                if not skip_bad_rows:
+                    fail(3, f"{where} {problem}" + "\n跳过这样的行：加 --skip_bad_rows" * bool(mapped))
+                yield f"{where}：{problem.splitlines()[0]}"
+
+def load_rows(paths: str | list[str], encoding: str | None = None, columns: str | None = None, skip_bad_rows: bool = False, seed: int = 42):
+    """(rows, a sentence for each one dropped) of files or folders; exit 3 where there is no row, or a bad one without `skip_bad_rows`.
+    A row is {"messages": [{"role", "content"}, …], "where": "file:line"}, or {"text": …, "where": …} for text learned whole.
+    `path:200` takes that many rows at random, `path:0.5` that share of them (2.0: each twice)."""
+    rows, dropped = [], []
+    for path in [paths] if isinstance(paths, str) else paths:
+        name, amount = (path, None) if os.path.exists(path) else re.fullmatch(r"(.*?)(?::(\d+(?:\.\d+)?))?", path).groups()
+        found = list(stream_rows(name, encoding, columns, skip_bad_rows))
+        dropped += [row for row in found if isinstance(row, str)]
+        found = [row for row in found if isinstance(row, dict)] or fail(3, f"{name} 里没有可以学的行。{''.join(dropped[:1])}")
+        if amount:
+            n = round(float(amount) * (len(found) if "." in amount else 1))
+            found = found * (n // len(found)) + random.Random(f"{seed} {name}").sample(found, n % len(found))
+        rows += found
+    return rows, dropped
 
 # ---- 4. Encoding: the same for training, chatting, comparing and evaluating ----
 
@@ -296,22 +315,15 @@ def control_tokens(tokenizer) -> tuple[frozenset, re.Pattern]:
     longest_first = sorted((re.escape(text) for text in added if len(text) > 1), key=len, reverse=True)
     return frozenset(added.values()), re.compile("|".join(longest_first) or r"(?!)")
 
-
 def text_ids(tokenizer, text: str, first: bool = False) -> list[int]:
-    """Ids of a piece of text that stands inside a longer one (`first`: at its start), with no BOS added.
-
-    SentencePiece tokenizers put a space before whatever they are given; a newline in front, cut off again, keeps it away.
-    """
+    """Ids of a piece of text that stands inside a longer one (`first`: at its start), with no BOS added. SentencePiece tokenizers put a
+    space before whatever they are given; a newline in front, cut off again, keeps it away."""
     ids, newline, joined = tokenizer([text, "\n", "\n" + text], add_special_tokens=False).input_ids
     adds_space = joined != newline + ids and joined[:len(newline)] == newline
     return joined[len(newline):] if adds_space and not first else ids
 
-
 def content_ids(tokenizer, text: str) -> list[int]:
-    """Ids of what a person wrote: a control token typed in a cell stays ordinary text.
-
-    The text is cut after the first character of every such token, and the pieces are tokenised apart.
-    """
+    """Ids of what a person wrote: the text is cut after the first character of every control token typed in it, and stays ordinary text."""
     control, pattern = control_tokens(tokenizer)
     cuts = [0, *(match.start() + 1 for match in pattern.finditer(text)), len(text)]
     ids = [i for a, b in itertools.pairwise(cuts) for i in text_ids(tokenizer, text[a:b])]
@@ -319,34 +331,27 @@ def content_ids(tokenizer, text: str) -> list[int]:
         return ids
     return [i for char in text for i in text_ids(tokenizer, char) if i not in control]
 
-
 @functools.lru_cache(maxsize=256)
 def template_parts(tokenizer, template: str, roles: tuple[str, ...], prompt: bool) -> list:
-    """The chat template's own text as lists of ids, with the number of a message where its content goes.
-
-    Rendered once per sequence of roles, with marks for the contents, so that no content ever passes through the template.
-    """
-    from jinja2 import TemplateError
+    """The chat template's own text as lists of ids, with the number of a message where its content goes. It is rendered once per sequence
+    of roles, with marks for the contents, so that no content ever passes through it."""
     marks = [f"\ue000{i}\ue001" for i in range(len(roles))]
     try:
         dated = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda match: repr(TEMPLATE_DATE.strftime(match[2])), template)
         text = tokenizer.apply_chat_template([{"role": role, "content": mark} for role, mark in zip(roles, marks)], chat_template=dated,
                                              tokenize=False, add_generation_prompt=prompt, enable_thinking=False)
-    except TemplateError as error:
-        fail(4, f"模型的对话模板不接受 {' → '.join(roles)} 这样的对话：{error}")
+    except Exception as error:  # noqa: BLE001 - a template is a program: it can fail in any way
+        fail(4, f"模型的对话模板不接受 {' → '.join(roles)} 这样的对话：{visible(str(error))[:200]}")
     pieces = re.split("\ue000(\\d+)\ue001", text)
     if lost := [role for i, role in enumerate(roles) if str(i) not in pieces[1::2]]:
         fail(4, f"模型的对话模板丢掉了 {lost[0]} 的内容，这样的对话不能用来训练")
     return [int(piece) if n % 2 else text_ids(tokenizer, piece, first=n == 0) for n, piece in enumerate(pieces)]
 
-
 def encode(tokenizer, messages: list[dict], max_length: int | None = None) -> tuple[list[int], list[int]]:
     """(input_ids, labels) of a conversation; labels are -100 but for the assistant's answers and their end tokens.
-
-    Ending with an assistant turn it is a training row: exactly the inference prompt's ids, the answer, one end token.
-    Otherwise it is the inference prompt. Where it is longer than `max_length`, the questions are cut first (from the
-    oldest one's end, keeping a quarter of `max_length` for the prompt), then the answer, which then has no end token.
-    """
+    Ending with an assistant turn it is a training row: exactly the inference prompt's ids, the answer, one end token. Otherwise it is the
+    inference prompt. Over `max_length` the questions are cut first (from the oldest one's end, keeping a quarter of `max_length` for the
+    prompt), then the answer, which then has no end token."""
     roles = tuple(m["role"] for m in messages)
     answered = roles[-1] == "assistant"
     parts = list(template_parts(tokenizer, tokenizer.chat_template, roles[:-1] if answered else roles, True))
@@ -377,23 +382,19 @@ def encode(tokenizer, messages: list[dict], max_length: int | None = None) -> tu
     labels = [i if learned else -100 for ids, learned, _ in pieces for i in ids]
     return input_ids[:max_length], labels[:max_length]
 
-
 def end_token_ids(model, tokenizer) -> list[int]:
     """Every id that ends an answer: the model's, the tokenizer's, and the one that the template puts after an answer."""
-    ends = {tokenizer.eos_token_id}
+    ends = {tokenizer.eos_token_id, encode(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}])[0][-1]}
     for config in (model.generation_config, model.config):
         listed = getattr(config, "eos_token_id", None)
         ends |= set(listed if isinstance(listed, list) else [listed])
-    ends.add(encode(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}])[0][-1])
     return sorted(ends - {None})
-
 
 # ---- 5. Loading ----
 
 def pick_device(name: str = "auto", dtype: str = "auto") -> tuple:
-    """(device, torch dtype): the best device there is, or `name`; bf16 on CUDA (fp16 on cards without it), fp32 elsewhere,
-    where half precision is tens of times slower (CPU) or overflows (MPS). Exit 2 where the device is missing.
-    """
+    """(device, torch dtype): the best device there is, or `name`; bf16 on CUDA (fp16 on cards without it), fp32 elsewhere, where half
+    precision is tens of times slower (CPU) or overflows (MPS). Exit 2 where the device is missing."""
     import torch
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(d for d, found in there.items() if found) if name == "auto" else name
@@ -406,29 +407,24 @@ def pick_device(name: str = "auto", dtype: str = "auto") -> tuple:
         say(f"{device.upper()} 上改用 float32：{dtype} 在这里更慢或会溢出")
     return device, torch.float32
 
-
 def find_model(path: str | None) -> str:
-    """`path` if it is a model directory, or the folder of ORG/NAME in the local Hugging Face cache; else exit 4.
-
-    None is the default model, or the demo model where only that has been downloaded.
-    """
+    """`path` if it is a model directory, or the folder of ORG/NAME in the local Hugging Face cache; else exit 4. None is the default model,
+    or the demo model where only that has been downloaded."""
     path = path or (DEMO_MODEL if Path(DEMO_MODEL).is_dir() and not Path(DEFAULT_MODEL).is_dir() else DEFAULT_MODEL)
     if Path(path, "config.json").is_file():
         return path
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         from huggingface_hub import snapshot_download
-
         with contextlib.suppress(Exception):  # no cache, half a cache: the cure is the same
             return snapshot_download(path, local_files_only=True)
         fail(4, f"本机没有模型 {path}。下载：python download_model.py --model {path}，再用 --model_name ./models/{path}")
     fail(4, f"{path} 不是模型目录（里面没有 config.json）。\n下载默认模型：python download_model.py；小的演示模型：python download_model.py --demo")
 
-
 def load_tokenizer(path: str):
     """The tokenizer in `path`, with a pad token, padding on the left, and a chat template in any case."""
     from transformers import AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 - broken files raise a dozen unrelated types
         fail(4, f"{path} 里的 tokenizer 读不出来：{str(error).splitlines()[0][:200]}")
     if not tokenizer.chat_template:
@@ -438,31 +434,36 @@ def load_tokenizer(path: str):
     tokenizer.padding_side = "left"
     return tokenizer
 
-
-def load_base(path: str, device: str, dtype, quantization: str = "none"):
-    """The causal language model in `path` on `device`, in eval mode; safetensors only, no remote code."""
+def load_base(path: str, device: str, dtype, quantization: str = "none", trust_remote_code: bool = False):
+    """The causal language model in `path` on `device`, in eval mode; safetensors only, no code from the model's folder."""
     import torch
+    from safetensors import safe_open
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
     logging.disable_progress_bar()
-    options = {}
+    options = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     if quantization != "none":
-        options = {"quantization_config": BitsAndBytesConfig(
-            load_in_4bit=quantization == "4bit", load_in_8bit=quantization == "8bit", bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype), "device_map": {"": device}}
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=quantization == "4bit", load_in_8bit=quantization == "8bit",
+                                                            bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+        options["device_map"] = {"": device}
+    key = re.search('"(auto_map|_attn_implementation_internal)"', Path(path, "config.json").read_text(encoding="utf-8"))
+    if key and not trust_remote_code:
+        fail(4, f"{path}/config.json 里的 {key[1]} 会运行模型自带的代码，没有加载。换一个不带代码的模型，例如 python download_model.py")
+    broken = path
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True, **options)
+        for broken in sorted(Path(path).glob("*.safetensors")):  # the libraries do not say which file is cut short, or a pointer to it
+            safe_open(broken, "pt")
+        broken = path
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
         return model.to(device).eval() if quantization == "none" else model.eval()
     except (torch.OutOfMemoryError, MemoryError):
         fail(6, f"内存不够，装不下模型 {path}。换小一些的模型，或在 CUDA 上加 --use_4bit")
     except Exception as error:  # noqa: BLE001 - broken files raise a dozen unrelated types
-        fail(4, f"模型 {path} 读不出来：{str(error).splitlines()[0][:200]}\n检查文件：python download_model.py --verify {path}")
-
+        fail(4, f"模型 {broken} 读不出来：{str(error).splitlines()[0][:200]}\n检查文件：python download_model.py --verify {path}")
 
 def sha256(data: str | bytes) -> str:
     """Hex digest of a text or of bytes."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
-
 
 def fingerprint(path: str) -> str:
     """sha256 over the name, the size and 64 sampled blocks of each weight file in `path`: a moment for 6 GB, not minutes."""
@@ -475,7 +476,6 @@ def fingerprint(path: str) -> str:
                 handle.seek(size * block // 64)
                 digest.update(handle.read(4096))
     return digest.hexdigest()
-
 
 def run_script(main) -> None:
     """Call `main`; Ctrl-C, a closed pipe, a full disk or memory end in a sentence and an exit code, not in a traceback."""
