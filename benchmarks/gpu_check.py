@@ -12,6 +12,7 @@
 import importlib.util
 import json
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from measure import ROOT, machine, print_table, run_timed, save, tail
 from common import DEMO_MODEL, make_parser, number, parse_args, run_script, say, sha256
 
+THREADS = min(8, os.cpu_count() or 1)
 CHECKS = ("fp32", "bf16", "fp16", "4bit", "8bit", "pack", "checkpointing", "resume", "compile", "generate", "3b", "3b-checkpointing", "3b-4bit")
 QUANTIZED, HALF = ("4bit", "8bit", "3b-4bit"), ("bf16", "fp16", "3b", "3b-checkpointing", "3b-4bit")
 
@@ -49,7 +51,7 @@ def train(work: Path, name: str, common: list, *flags, model: str = str(ROOT / D
     folder, log = work / name, work / f"{name}.log"
     command = [sys.executable, ROOT / "train.py", "--model_name", model, "--dataset_name", ROOT / "datasets/legal_qa.csv", "--output_dir", folder,
                "--val_ratio", 0, "--max_samples", 128, "--max_steps", 8, "--report_to", "none", *common, *flags]
-    run = run_timed(command, log, folder / "metrics.jsonl", threads=4, cwd=ROOT, timeout=1800)
+    run = run_timed(command, log, folder / "metrics.jsonl", threads=THREADS, cwd=ROOT, timeout=1800)
     assert run["code"] == 0, f"退出码 {run['code']}：{tail(log, 3)}"
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert all(math.isfinite(step["loss"]) for step in steps), "损失不是有限的数"
@@ -98,7 +100,7 @@ def check(name: str, work: Path, device: str, max_length: int) -> dict:
         (work / "resumed").mkdir()
         shutil.copytree(whole["folder"] / "checkpoint-4", work / "resumed" / "checkpoint-4")
         command = [sys.executable, ROOT / "train.py", "--output_dir", work / "resumed", "--resume_from_checkpoint", "auto"]
-        assert run_timed(command, work / "resumed.log", threads=4, cwd=ROOT)["code"] == 0, f"续训失败：{tail(work / 'resumed.log', 3)}"
+        assert run_timed(command, work / "resumed.log", threads=THREADS, cwd=ROOT)["code"] == 0, f"续训失败：{tail(work / 'resumed.log', 3)}"
         first, second = (sha256((folder / "final_model/adapter_model.safetensors").read_bytes()) for folder in (whole["folder"], work / "resumed"))
         assert first == second, "续训的权重和没有中断的不逐位相同"
         return {**whole, "note": "第 4 步续训，权重逐位相同"}
@@ -107,7 +109,7 @@ def check(name: str, work: Path, device: str, max_length: int) -> dict:
         log = work / "generate-answer.log"
         command = [sys.executable, ROOT / "inference.py", "--lora_weights", run["folder"] / "final_model", "--prompt", "劳动合同试用期最长多久？", "--max_new_tokens", 64,
                    "--device", device]
-        answer = run_timed(command, log, threads=4, cwd=ROOT)
+        answer = run_timed(command, log, threads=THREADS, cwd=ROOT)
         assert answer["code"] == 0 and len(log.read_text(encoding="utf-8")) > 20, f"inference.py 退出码 {answer['code']}：{tail(log, 3)}"
         return {**run, "note": f"inference.py 从输入命令到结束 {answer['seconds']:.1f} 秒"}
     flags = {"3b": [], "3b-checkpointing": ["--gradient_checkpointing"], "3b-4bit": ["--quantization", "4bit"]}[name]
@@ -124,7 +126,7 @@ def main() -> None:
     args = parse_args(parser)
     import torch
     card = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "没有显卡"
-    results = {"machine": {**machine(4), "card": card, "cuda": torch.version.cuda, "cards": torch.cuda.device_count()}, "checks": []}
+    results = {"machine": {**machine(THREADS), "card": card, "cuda": torch.version.cuda, "cards": torch.cuda.device_count()}, "checks": []}
     with tempfile.TemporaryDirectory(prefix="gpu_check-") as work:
         for name in args.only:
             found = {"status": "跳过", "note": why_skip(name, args.device)}
