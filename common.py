@@ -437,24 +437,24 @@ def load_tokenizer(path: str):
 def load_base(path: str, device: str, dtype, quantization: str = "none", trust_remote_code: bool = False):
     """The causal language model in `path` on `device`, in eval mode; safetensors only, no code from the model's folder."""
     import torch
+    import transformers
     from safetensors import safe_open
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils import logging
-    logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     options = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     if quantization != "none":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=quantization == "4bit", load_in_8bit=quantization == "8bit",
-                                                            bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-        options["device_map"] = {"": device}
-    key = re.search('"(auto_map|_attn_implementation_internal)"', Path(path, "config.json").read_text(encoding="utf-8"))
-    if key and not trust_remote_code:
-        fail(4, f"{path}/config.json 里的 {key[1]} 会运行模型自带的代码，没有加载。换一个不带代码的模型，例如 python download_model.py")
+        options |= {"device_map": {"": device}, "quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=quantization == "4bit",
+                    load_in_8bit=quantization == "8bit", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
+    texts = "".join(p.read_text(encoding="utf-8") for p in Path(path).glob("*.json") if p.name in ("config.json", "model.safetensors.index.json"))
+    if (key := re.search(r'"(auto_map|_attn_implementation_internal|(?:/|\w:|[^"]*(?:\.\.|\\))[^"]*\.safetensors)"', texts)) and not trust_remote_code:
+        fail(4, f"{path} 里的 {visible(key[1])} 会运行模型自带的代码，或指向目录以外，没有加载。换一个模型，例如 python download_model.py")
     broken = path
     try:
         for broken in sorted(Path(path).glob("*.safetensors")):  # the libraries do not say which file is cut short, or a pointer to it
             safe_open(broken, "pt")
         broken = path
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        if info["missing_keys"]:
+            raise ValueError(f"缺少权重 {min(info['missing_keys'])}")  # the library would draw it at random
         return model.to(device).eval() if quantization == "none" else model.eval()
     except (torch.OutOfMemoryError, MemoryError):
         fail(6, f"内存不够，装不下模型 {path}。换小一些的模型，或在 CUDA 上加 --use_4bit")
@@ -490,11 +490,11 @@ def run_script(main) -> None:
         sys.exit(130)
     except BrokenPipeError:  # | head: what was asked for has been printed
         os._exit(141)
-    except (MemoryError, OSError, RuntimeError) as error:
+    except Exception as error:  # on a full disk safetensors and tokenizers raise types of their own
         if isinstance(error, OSError) and error.filename:
             fail(6, f"不能读写 {error.filename}：{error.strerror}。已完成的 checkpoint 没有受影响")
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(r"No space left|os error (27|28|122)\b", str(error)):
             fail(6, "磁盘满了。腾出空间后再运行同样的命令；已完成的 checkpoint 没有受影响")
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             fail(6, "内存不够。--batch_size 减半、--gradient_accumulation_steps 加倍（结果一样），或减小 --max_length，或加 --gradient_checkpointing")
         raise

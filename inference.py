@@ -25,7 +25,6 @@ HELP = """/help           显示这些命令
 /save FILE      把对话存成 JSON 文件
 /exit           退出（exit、quit、退出 也行）；回答时按 Ctrl-C 只停下这个回答"""
 
-
 # ---- 1. Flags: compare_models.py and evaluate_model.py take the same ----
 
 def make_inference_parser(doc: str) -> argparse.ArgumentParser:
@@ -50,12 +49,10 @@ def make_inference_parser(doc: str) -> argparse.ArgumentParser:
     add("--answer_batch_size", type=number(int, 1), default=8, help="同时回答几个问题")
     return parser
 
-
 def generation_options(args) -> dict:
     """The keyword arguments of `generate` in a namespace; what it lacks, or has as None, keeps its default."""
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "answer_batch_size")
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-
 
 def read_questions(path: str) -> list[str]:
     """The lines of a text file but for blank ones and # comments, or the questions of a data file."""
@@ -66,11 +63,9 @@ def read_questions(path: str) -> list[str]:
     lines = [line.strip() for line in decode(Path(path).read_bytes(), path)[0].splitlines()]
     return [line for line in lines if line and not line.startswith("#")] or fail(3, f"{path} 里没有问题；一行写一个")
 
-
 def conversation(question: str, system: str | None = None) -> list[dict]:
     """The messages of one question, after a system prompt if there is one."""
     return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": question}]
-
 
 # ---- 2. Loading ----
 
@@ -87,12 +82,16 @@ def find_adapter(path: str | None) -> str:
             return str(candidate)
     fail(4, f"{path} 不是 LoRA 目录（里面没有 adapter_config.json）。看看有哪些：ls -d output/*/final_model")
 
+def read_json_file(path: Path) -> dict:
+    """What a JSON file of an adapter holds; exit 4 where it is broken, {} where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        fail(4, f"{path} 损坏了，读不出来：{error}。换一个 LoRA：ls -d output/*/final_model")
 
 def run_record(adapter: str | None) -> dict:
     """The run.json of the run that made `adapter`; {} for an adapter from elsewhere."""
-    path = Path(adapter or "", "..", "run.json").resolve()
-    return json.loads(path.read_text(encoding="utf-8")) if adapter and path.is_file() else {}
-
+    return read_json_file(Path(adapter, "..", "run.json").resolve()) if adapter else {}
 
 def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: bool = False):
     """`model` with the LoRA in `adapter` put on; exit 4 where they do not belong together (`force`: a warning).
@@ -118,6 +117,9 @@ def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: b
         problems.append("权重全是零，等于没有训练过")
     if different := set(weights) ^ set(get_peft_model_state_dict(model, adapter_name=name)):
         problems.append(f"权重名和模型对不上，例如 {min(different)}")
+    for file, entry in read_json_file(Path(adapter, "manifest.json")).get("files", {}).items():
+        if not Path(adapter, file).is_file() or sha256(Path(adapter, file).read_bytes()) != entry["sha256"]:
+            problems.append(f"{file} 不是训练时写的那个")
     run, config = run_record(adapter), model.peft_config[name]
     if run:
         pairs = (("基础模型的权重", run["base_fingerprint"], fingerprint(base)), ("对话模板", run["template_sha256"], sha256(tokenizer.chat_template)),
@@ -129,7 +131,6 @@ def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: b
         say(f"警告：{problem}")
     return model.eval()
 
-
 def load_model(base_model: str | None = None, lora_weights: str | None = None, device: str = "auto", merge: bool = False, force: bool = False,
                quantization: str = "none"):
     """(model, tokenizer) ready to answer: the base alone where `lora_weights` is None, else with that LoRA (`merge`: folded in).
@@ -137,14 +138,13 @@ def load_model(base_model: str | None = None, lora_weights: str | None = None, d
     Without `base_model` it is the one that the adapter was trained on, or the default model, or the demo model.
     """
     if base_model is None and lora_weights:
-        base_model = json.loads(Path(lora_weights, "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base_model = read_json_file(Path(lora_weights, "adapter_config.json")).get("base_model_name_or_path")
     base = find_model(base_model)
     tokenizer = load_tokenizer(lora_weights if lora_weights and Path(lora_weights, "tokenizer_config.json").is_file() else base)
     model = load_base(base, *pick_device(device), quantization)
     if lora_weights:
         model = load_adapter(model, tokenizer, lora_weights, force=force)
     return model.merge_and_unload() if merge and lora_weights and quantization == "none" else model, tokenizer
-
 
 # ---- 3. Answering ----
 
@@ -187,18 +187,15 @@ def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: 
             progress(start + len(rows))
     return answers
 
-
 def generate_response(model, tokenizer, question: str, args=None) -> str:
     """The model's answer to one question. `args` may be anything that has some of the generation flags as attributes."""
     answer = generate(model, tokenizer, [conversation(question, getattr(args, "system", None))], **generation_options(args))[0]["text"]
     return clean_repeats(answer) if getattr(args, "clean_repeats", False) else answer
 
-
 def clean_repeats(text: str) -> str:
     """`text` without a tail that says one unit of 2 to 80 characters three times or more; one of them stays."""
     tail = re.search(r"(.{2,80}?)\1{2,}.{0,80}$", text, re.DOTALL)
     return text[:tail.end(1) + (text[tail.end(1)] in "。！？；.!?")] if tail else text
-
 
 # ---- 4. Chat ----
 
@@ -257,7 +254,6 @@ def chat(model, tokenizer, args) -> None:
                 answer = printer.said.strip()
             turns = turns + [{"role": "assistant", "content": answer}] if answer else turns[:-1]
 
-
 def main() -> None:
     parser = make_inference_parser(__doc__)
     add = parser.add_argument_group("问题").add_argument
@@ -294,7 +290,6 @@ def main() -> None:
         say(f"{len(answers)} 个回答写到 {args.output}")
     else:
         print("\n".join(lines))
-
 
 if __name__ == "__main__":
     run_script(main)

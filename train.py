@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import sys
 import time
 import warnings
@@ -29,13 +30,16 @@ from common import (TEMPLATE_DATE, encode, end_token_ids, fail, find_model, fing
 # flags that may differ between a run and its continuation; any other would make it another run
 MAY_CHANGE = {"num_epochs", "max_steps", "eval_every", "save_every", "save_total_limit", "logging_steps", "report_to", "early_stopping_patience", "device"}
 
-
 def arguments(saved: dict | None = None) -> argparse.Namespace:
     """The command line; `saved` are the settings of a run to resume, taken where nothing is typed."""
     parser = make_parser(__doc__)
     add = parser.add_argument_group("模型、数据、设备").add_argument
     add("--model_name", "--model_name_or_path", "--base_model", help="基础模型目录，或本机缓存里的 ORG/NAME")
-    add("--dataset_name", "--dataset_path", "--train_data", default="./datasets/legal_qa.csv", help="训练数据文件")
+    add("--dataset_name", "--dataset_path", "--train_data", nargs="+", default=["./datasets/legal_qa.csv"], help="训练数据：文件或目录；文件:200 = 只取 200 行")
+    add("--columns", help="哪列是什么，例如 instruction=问题,output=回答")
+    add("--text_column", help="只有一列文本时它的列名，整段都学")
+    add("--encoding", help="文件的编码；默认自己认")
+    add("--skip_bad_rows", action="store_true", help="跳过坏的行（列出来），而不是停下")
     add("--val_data", help="验证数据文件；不给就从训练数据里分出 val_ratio")
     add("--val_ratio", type=number(float, 0, 0.5), default=0.05, help="分作验证的比例（0 = 不验证）")
     add("--max_samples", type=number(int, 1), help="只随机取这么多行")
@@ -78,13 +82,11 @@ def arguments(saved: dict | None = None) -> argparse.Namespace:
     parser.set_defaults(**(saved or {}))
     return parse_args(parser)
 
-
 def preview(tokenizer, input_ids: list[int], labels: list[int]) -> str:
     """The row as the model sees it: what is learned in green (off a terminal: between 【 】), the rest grey."""
     learned, rest = ("\x1b[32m{}\x1b[0m", "\x1b[2m{}\x1b[0m") if sys.stderr.isatty() else ("【{}】", "{}")
     spans = itertools.groupby(zip(input_ids, labels), key=lambda pair: pair[1] != -100)
     return "".join((learned if is_label else rest).format(visible(tokenizer.decode([i for i, _ in span]))) for is_label, span in spans)
-
 
 # ---- The model's side of a step ----
 
@@ -97,14 +99,12 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     outputs = [attend(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]) for q, k, v in rows]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
-
 def step_rows(n_rows: int, rows_per_step: int, seed: int, step: int) -> list[int]:
     """Indices of the rows of optimizer step `step`, a function of (seed, step): every row once per epoch, the last step takes what is left."""
     import torch
     epoch, position = divmod(step, math.ceil(n_rows / rows_per_step))
     order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
     return order[position * rows_per_step:(position + 1) * rows_per_step]
-
 
 def micro_batches(rows: list, budget: int, packed: bool) -> list[list]:
     """The rows of a step in as few packs of at most `budget` tokens as fit (longest first), or each row alone."""
@@ -116,7 +116,6 @@ def micro_batches(rows: list, budget: int, packed: bool) -> list[list]:
         pack.append(row)
     return packs
 
-
 def fast_dropout(dropout, x):
     """What the `dropout` module does to x, with a mask of bytes out of random int64s: PyTorch's own draws serially on a CPU, and takes longer
     than the product it precedes. An entry is kept with probability (256 - k) / 256, k = round(256 p), and scaled by the inverse: the mean is exact."""
@@ -126,7 +125,6 @@ def fast_dropout(dropout, x):
         return x
     draws = torch.empty((n + 7) // 8, dtype=torch.int64).random_(-2**63, None).view(torch.uint8)[:n]
     return x * (draws >= k).view(x.shape).to(x.dtype).mul_(256 / (256 - k))
-
 
 def chunked_loss(hidden, weight, targets, chunk: int = 256):
     """Sum of cross-entropies of (n, width) `hidden` states under a (vocabulary, width) output head, n `targets`. The gradient is made in the
@@ -142,7 +140,6 @@ def chunked_loss(hidden, weight, targets, chunk: int = 256):
             gradients.append(logits.sub_(log_sum).exp_().scatter_add_(1, labels, torch.full_like(log_sum, -1.0)).to(weight.dtype) @ weight)
     # the difference is zero; its gradient is the one made above
     return total + ((hidden - hidden.detach()) * torch.cat(gradients)).sum() if gradients else total
-
 
 def loss_sum(model, rows: list, packed: bool, neftune_alpha: float = 0.0):
     """Sum of the label tokens' losses of `rows`, a list of (input_ids, labels, where): several if `packed`, else one. Packed, they stand one
@@ -165,7 +162,6 @@ def loss_sum(model, rows: list, packed: bool, neftune_alpha: float = 0.0):
     hidden = causal.base_model(**inputs, position_ids=positions, row_lengths=lengths, use_cache=False).last_hidden_state
     return chunked_loss(hidden[0, keep], causal.get_output_embeddings().weight, targets[keep])
 
-
 def can_pack(model, rows: list) -> bool:
     """Whether packed rows give this model the loss that they give apart (an architecture may not pass on positions or attention's
     arguments, and mix the rows up); turns packing on if so."""
@@ -182,7 +178,6 @@ def can_pack(model, rows: list) -> bool:
     model.config._attn_implementation = usual
     return False
 
-
 # ---- Checkpoints ----
 
 def describe(folder: Path) -> dict:
@@ -190,19 +185,16 @@ def describe(folder: Path) -> dict:
     files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p.read_bytes())} for p in sorted(folder.iterdir()) if p.name != "manifest.json"}
     return {"format": 1, "files": files, "sha256": sha256(json.dumps(files))}
 
-
 def synchronize(*paths: Path) -> None:
     """Force files' bytes and folders' names to the disk (Windows cannot open a folder)."""
     for path in paths if os.name != "nt" else ():
         os.fsync(handle := os.open(path, os.O_RDONLY))
         os.close(handle)
 
-
 def discard(folder: Path) -> None:
     """Delete a folder; a crash midway leaves a `.tmp-` folder and never half of this one."""
     with contextlib.suppress(OSError):
         shutil.rmtree(folder.rename(folder.with_name(f".tmp-old-{folder.name}")))
-
 
 @contextlib.contextmanager
 def staged(folder: Path):
@@ -221,21 +213,18 @@ def staged(folder: Path):
     os.rename(staging, folder)
     synchronize(folder.parent)
 
-
 def damage(folder: Path) -> str:
     """What is wrong with a checkpoint, in a few words, or "" for one whose every byte is as it was written."""
     try:
         then, now = json.loads((folder / "manifest.json").read_text(encoding="utf-8")), describe(folder)
-        names = [name for name in {"state.json": 0, **now["files"], **then["files"]} if now["files"].get(name, 0) != then["files"].get(name, 1)]
+        names = [name for name in {"state.json": 0, "optimizer.safetensors": 0, "adapter_model.safetensors": 0, **now["files"], **then["files"]} if now["files"].get(name, 0) != then["files"].get(name, 1)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"读不出来（{error}）"
     return f"{names[0]} 缺失或已损坏" if names else "" if now == then else "manifest.json 被改动过，或是别的版本写的"
 
-
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint-N folders in `folder`, newest first."""
     return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: -int(p.name[11:]))
-
 
 def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
     """The checkpoint to go on from: `auto` takes the newest sound one, naming those it skips, None if there are none; a named one is taken or refused."""
@@ -249,7 +238,6 @@ def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
         fail(4, "checkpoint 全部损坏，文件都没有动。从头训练：去掉 --resume_from_checkpoint，换一个 --output_dir" if where == "auto" else
              "自动找最新的完好的：--resume_from_checkpoint auto")
     say(f"{output_dir or 'output/'} 里没有 checkpoint，从头开始")
-
 
 def main() -> None:
     warnings.simplefilter("ignore")  # the libraries' talk among themselves
@@ -269,10 +257,11 @@ def main() -> None:
 
     # ---- 1. Data: a list of (input_ids, labels, where) ----
     tokenizer = load_tokenizer(model_path)
-    rows, dropped = load_rows(args.dataset_name)
+    reading = {"encoding": args.encoding, "columns": f"text={args.text_column}" if args.text_column else args.columns, "skip_bad_rows": args.skip_bad_rows}
+    rows, dropped = load_rows(args.dataset_name, **reading, seed=args.seed)
     rows = random.Random(args.seed).sample(rows, min(len(rows), args.max_samples or len(rows)))
     n_val = 0 if args.val_data else min(math.ceil(len(rows) * args.val_ratio), len(rows) - 1)
-    val_rows, val_dropped = load_rows(args.val_data) if args.val_data else (rows[:n_val], [])
+    val_rows, val_dropped = load_rows(args.val_data, **reading) if args.val_data else (rows[:n_val], [])
     rows, dropped = rows[n_val:], dropped + val_dropped
     cut = {}  # where: (tokens, whether the answer lost its end)
 
@@ -378,6 +367,8 @@ def main() -> None:
         scaler.load_state_dict(state["scaler"])
         with contextlib.suppress(OSError, ValueError), open(folder / "metrics.jsonl", encoding="utf-8") as file:
             history += (metric for metric in map(json.loads, file) if metric["step"] <= start_step)  # a crash may leave half a last line
+        if start_step > total_steps:
+            fail(2, f"checkpoint 已经做了 {start_step} 步，这次一共只要 {total_steps} 步：加大 --num_epochs 或 --max_steps")
         say(f"从 {resume} 接着训练：已做 {start_step} 步，共 {total_steps} 步", *changed.values(), sep="\n")
         if (start_step >= total_steps or 0 < args.early_stopping_patience <= bad_evals) and (folder / "final_model").is_dir():
             return say(f"这次训练已完成：{folder / 'final_model'}。想再训几轮就加大 --num_epochs")
@@ -410,7 +401,8 @@ def main() -> None:
         if stopped_by:
             os._exit(128 + number)
         stopped_by = number
-        say("\n收到停止信号：做完这一步就保存并退出（再按一次立即退出）")
+        with contextlib.suppress(OSError):  # print() may not be called while the interrupted code is printing
+            os.write(2, "\n收到停止信号：做完这一步就保存并退出（再按一次立即退出）\n".encode())
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
@@ -503,6 +495,12 @@ def main() -> None:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
+        # once in a while: a step unlike those before it
+        recent = [m["loss"] for m in history[-160:] if "loss" in m][-128:]
+        if len(recent) >= 32 and (z := (step_loss - statistics.fmean(recent)) / (statistics.stdev(recent) or 1)) > 6:
+            places = "、".join(where for _, _, where in batch_rows)
+            tqdm.write(f"警告：第 {step + 1} 步的损失 {step_loss:.3f} 比前面 {len(recent)} 步高 {z:.1f} 个标准差，这一步的数据：{places}", file=sys.stderr)
+
         # log
         bar.update()
         losses.append(step_loss)
@@ -519,12 +517,14 @@ def main() -> None:
 
     bar.close()
     if stopped_by:
-        say(f"已保存到 {folder / f'checkpoint-{step}'}。继续：python train.py --output_dir {folder} --resume_from_checkpoint auto")
+        say(f"{f'已保存到 {folder}/checkpoint-{step}' if step else '还没有做完一步'}。继续：python train.py --output_dir {folder} --resume_from_checkpoint auto")
         sys.exit(128 + stopped_by)
 
     # ---- 5. The best adapter becomes final_model ----
     if problem := damage(source := folder / f"checkpoint-{best_step or step}"):
         fail(4, f"最好的 {source} 不能用：{problem}，没有写 final_model。可以直接用另一个：python inference.py --interactive --lora_weights {folder}/checkpoint-N")
+    if not any(v.any() for key, v in load_file(source / "adapter_model.safetensors").items() if "lora_A" not in key):
+        fail(5, f"LoRA 的权重还全是零，等于没有训练，没有写 final_model。检查 --learning_rate（现在是 {args.learning_rate}）")
     with staged(folder / "final_model") as staging:
         for file in set(source.iterdir()) - {source / name for name in ("optimizer.safetensors", "state.json", "manifest.json")}:
             shutil.copy(file, staging)
@@ -544,7 +544,6 @@ def main() -> None:
         *(f"| {name} | {value} |" for name, value in [*summary.items(), *run["args"].items()]), ""]), encoding="utf-8")
     say("\n".join(f"{name}：{value}" for name, value in summary.items()) + f"\n训练完成，报告在 {folder / 'training_report.md'}")
     print(folder / "final_model")
-
 
 if __name__ == "__main__":
     run_script(main)

@@ -289,6 +289,36 @@ def test_a_loss_that_is_not_a_number_stops_before_the_update(data, tmp_path, cap
     assert not list(folder.glob("checkpoint-*")) and not (folder / "final_model").exists()
 
 
+def test_a_second_run_in_the_same_folder_is_refused_and_a_dead_ones_lock_is_not_minded(tiny, data, tmp_path, capfd):
+    fcntl = pytest.importorskip("fcntl", reason="Windows has no fcntl")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        train(tiny, data, folder, "--max_steps", 1, code=2)
+        assert "另一个训练正在用" in capfd.readouterr().err and not list(folder.glob("checkpoint-*"))
+    train(tiny, data, folder, "--max_steps", 1)
+
+
+def test_an_adapter_that_learned_nothing_does_not_become_the_final_model(tiny, data, tmp_path, capfd):
+    folder = train(tiny, data, tmp_path / "run", "--max_steps", 1, "--learning_rate", 1e-60, "--val_ratio", 0, code=5)
+    assert "全是零" in capfd.readouterr().err and not (folder / "final_model").exists()
+
+
+def test_one_poisoned_row_gives_one_warning_with_its_place(tiny, tmp_path, capfd):
+    import random
+
+    from train import step_rows
+
+    rows = [(QUESTIONS[0], ANSWERS[0])] * 159 + [(QUESTIONS[0], "".join(map(chr, range(0x7000, 0x7040))))]
+    seed = next(s for s in range(1000) if random.Random(s).sample(range(160), 160).index(159) == step_rows(160, 1, s, 150)[0])
+    data = write_csv(tmp_path / "qa.csv", rows)
+    train(tiny, data, tmp_path / "run", "--seed", seed, "--num_epochs", 1, "--batch_size", 1, "--gradient_accumulation_steps", 1, "--val_ratio", 0, "--save_every", -1,
+          "--learning_rate", 5e-3)
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "个标准差" in line]
+    assert len(warnings) == 1 and "第 151 步" in warnings[0] and "qa.csv:161" in warnings[0]
+
+
 def test_eight_rows_are_learned_by_heart_and_the_answers_stop(tiny, data, tmp_path):
     from inference import generate, load_model
 
