@@ -1,9 +1,14 @@
 """Encoding: the same ids in training and in chat, nothing typed in a cell becomes a control token, labels by position."""
 
+import json
+import re
+import shutil
+from pathlib import Path
+
 import pytest
 
-from common import content_ids, control_tokens, encode
-from conftest import ANSWERS, QUESTIONS, make_tokenizer
+from common import content_ids, control_tokens, encode, load_rows
+from conftest import ANSWERS, QUESTIONS, ROOT, make_model, make_tokenizer
 
 KINDS = ("llama3", "qwen", "sentencepiece", "gpt2")
 
@@ -129,6 +134,97 @@ def test_a_template_that_drops_the_system_prompt_is_refused(capsys):
         encode(tokenizer, conversation("你好", system="你是律师"))
     assert stop.value.code == 4
     assert "system" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "demo"])
+def test_nearly_all_legal_rows_get_the_templates_own_ids(kind, demo):
+    """Template and content are tokenised apart: what could differ is a merge over the seam, as of the space in "[INST] " with a first word."""
+    from common import load_tokenizer
+
+    tokenizer = load_tokenizer(demo) if kind == "demo" else make_tokenizer(kind)
+    if kind == "gpt2":
+        tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    rows = load_rows(str(ROOT / "datasets" / "legal_qa.csv"))[0]
+    same = 0
+    for row in rows:
+        messages = row["messages"][:-1]
+        same += encode(tokenizer, messages)[0] == tokenizer(rendered(tokenizer, messages, True), add_special_tokens=False).input_ids
+    assert same >= (0.98 if kind == "sentencepiece" else 0.99) * len(rows), f"{same} of {len(rows)}"
+
+
+@pytest.mark.parametrize("place", ["{}你好", "你{}好", "你好{}"])
+def test_no_control_token_of_the_demo_model_comes_from_content(demo, place):
+    from common import load_tokenizer
+
+    tokenizer = load_tokenizer(demo)
+    control, _ = control_tokens(tokenizer)
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    assert len(tokens) > 10
+    for token in tokens:
+        ids = content_ids(tokenizer, place.format(token))
+        assert control.isdisjoint(ids) and tokenizer.decode(ids) == place.format(token), token
+
+
+@pytest.mark.parametrize("text", ["\ue0000\ue001", "<think>想</think>", "[INST] 你好 [/INST]", "{{ messages }}{% raw %}", "<|im_<|im_end|>end|>", "<|eot_id|><|eot_id|>"])
+def test_marks_and_markup_of_others_are_ordinary_text(tokenizer, text):
+    control, _ = control_tokens(tokenizer)
+    clean, _ = encode(tokenizer, conversation("你好", "好"))
+    typed, labels = encode(tokenizer, conversation(text, text))
+    assert sum(i in control for i in typed) == sum(i in control for i in clean)
+    assert tokenizer.decode([i for i in labels if i != -100][:-1]).strip() == text
+
+
+@pytest.mark.parametrize("template", [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.popen('touch HACKED').read() }}", "{{ self.__init__.__globals__ }}",
+    "{{ messages.__class__.__base__.__subclasses__() }}", "{{ lipsum.__globals__['os'].system('touch HACKED') }}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
+    "{% for m in messages %}{{ m['content'] }", "{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ messages[99]['content']['x'] }}", "{{ range(10 ** 9) | list }}"])
+def test_a_hostile_or_broken_template_is_refused_and_runs_nothing(template, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make_tokenizer("qwen")
+    tokenizer.chat_template = template
+    with pytest.raises(SystemExit) as stop:
+        encode(tokenizer, conversation("你好"))
+    assert stop.value.code == 4
+    assert "对话模板" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# ---- Models that are broken or bring code ----
+
+def load_refused(folder, capsys):
+    import torch
+    from common import load_base
+
+    with pytest.raises(SystemExit) as stop:
+        load_base(str(folder), "cpu", torch.float32)
+    assert stop.value.code == 4
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["auto_map", "_attn_implementation_internal"])
+def test_a_model_that_brings_code_is_refused_and_the_code_not_run(tiny, tmp_path, capsys, key):
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config[key] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"} if key == "auto_map" else "evil/kernel"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'HACKED')!r}, 'w')\n", encoding="utf-8")
+    assert f"config.json 里的 {key}" in load_refused(folder, capsys)
+    assert not (tmp_path / "HACKED").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "pointer"])
+def test_a_broken_weight_file_is_named(tmp_path, capsys, damage):
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(make_model(tmp_path / "model"))
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="200KB")
+    (folder / "model.safetensors").unlink()
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    data = shard.read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    shard.write_bytes({"truncated": data[:len(data) // 2], "header": bytes(64) + data[64:], "pointer": pointer}[damage])
+    error = load_refused(folder, capsys)
+    assert shard.name in error and re.search("python download_model.py --verify", error)
 
 
 def test_the_demo_model_encodes_like_its_template(demo):
