@@ -149,18 +149,18 @@ def decode(data: bytes, path: str, encoding: str | None = None) -> tuple[str, st
         wide = re.sub("[\0-\x7f]+", "", text[:500_000])  # nearly any bytes are valid GB18030, so it must look like Chinese:
         usual = len(wide.encode("gb2312", "ignore")) / 2 >= 0.8 * len(wide)  # Big5, Shift-JIS and cp1252 fall outside of GB2312, EUC-KR inside,
         common = sum(map(wide.count, "的一是不了在有人我他这中大来上个国到说们为和你地出也时年要以会可能法问答，")) >= 0.05 * len(wide)
-        mixed = re.search(rb"(?m)^[\0-\x7f]*(?:[\xe4-\xe9][\x80-\xbf]{2}[\0-\x7f]*){3,}$", data)  # and this is a line of UTF-8
-        if encoding or name != "gb18030" or usual and not mixed and (common or len(wide) < 30):
+        utf8_line = rb"(?m)^[\0-\x09\x0b-\x7f]*(?:[\xe4-\xe9][\x80-\xbf]{2}[\0-\x09\x0b-\x7f]*){3,}$"
+        if encoding or name != "gb18030" or usual and (common or len(wide) < 30) and not re.search(utf8_line, data):
             return text, name
-    place = f"{path}:{data.count(10, 0, errors[0]) + 1} 第 {errors[0]} 字节"
-    fail(3, f"{place}不是有效的 {(known or 'UTF-8').upper()}{'' if known else '，整个文件也不像 GB18030 的中文'}。\n"
-            "在 Excel 里另存为“CSV UTF-8”后再试；知道编码就写出来，例如 --encoding big5、utf-16-le")
+    fail(3, f"{path}:{data.count(10, 0, errors[0]) + 1} 第 {errors[0]} 字节不是有效的 {(known or 'utf-8').upper()}"
+            f"{'，整个文件也不像 GB18030 的中文' * (not known)}。\n在 Excel 里另存为“CSV UTF-8”后再试；知道编码就写出来，例如 --encoding big5、utf-16-le")
 
 def read_table(path: str, encoding: str | None = None, known: frozenset = frozenset()):
     """(line, record) of each row of a CSV, TSV, JSON, JSONL, XLSX or Parquet file, whatever its name; (line, sentence) of a bad row.
     No cell moves, no text changes. `known` names of columns tell the delimiter. Exit 3 where the whole file is broken."""
     if not os.path.isfile(path):
-        fail(3, f"{path} 不是普通文件" if os.path.exists(path) else f"没有数据文件 {path}{nearest(path, map(str, Path(path).parent.glob('*')))}")
+        hub = f"。先下载和整理：python prepare_data.py --input {path}" if path[:3] in ("hf:", "ms:") else ""
+        fail(3, f"{path} 不是普通文件" if os.path.exists(path) else f"没有数据文件 {path}{hub or nearest(path, map(str, Path(path).parent.glob('*')))}")
     with open(path, "rb") as file:
         start = file.read(1000)
     if kind := next((kind for magic, kind in FOREIGN.items() if re.match(magic, start)), None):
@@ -205,7 +205,6 @@ def read_json(path: str, text: str, array: bool):
     """Like read_table, of the text of a JSON array or of JSON Lines; numbers stay as they are written."""
     def unique(pairs: list[tuple]) -> dict:
         return dict(pairs) if len(dict(pairs)) == len(pairs) else int("重复的键")
-
     decoder = json.JSONDecoder(object_pairs_hook=unique, parse_int=str, parse_float=str, parse_constant=int)  # int() refuses NaN as well
     first, between = (r"\ufeff?\s*\[\s*", r"\s*,\s*") if array else (r"\ufeff?\s*", r"[ \t\r]*\n\s*")
     line, at = 1, 0
@@ -215,7 +214,8 @@ def read_json(path: str, text: str, array: bool):
             record, at = decoder.raw_decode(text, start)
             record = record if isinstance(record, dict) else f"应该是 {{…}} 对象，得到 {visible(str(record))[:40]}"
         except (ValueError, RecursionError) as error:
-            record, at = f"不是有效的 JSON：{getattr(error, 'msg', str(error).rpartition(': ')[2])}", text.find("\n", start) % (len(text) + 1)  # nowhere (-1): the end
+            record = f"不是有效的 JSON：{getattr(error, 'msg', str(error).rpartition(': ')[2])}"
+            at = text.find("\n", start) % (len(text) + 1)  # -1, nowhere, becomes the end
             if array:
                 fail(3, f"{path}:{getattr(error, 'lineno', line)} {record}")
         yield line, record
