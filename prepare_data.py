@@ -40,7 +40,7 @@ def fetch(name: str) -> list[str]:
             from modelscope_hub.compat.snapshot_download import snapshot_download
         folder = snapshot_download(dataset, repo_type="dataset", allow_patterns=[f"*{suffix}" for suffix in SUFFIXES])
     except Exception as error:  # noqa: BLE001 - no network, no such name, no rights: the clients raise a dozen unrelated types
-        fail(6, f"数据集 {name} 下载不了：{visible(str(error))[:200]}\n检查名字和网络；已经下载的，直接写文件或目录")
+        fail(6, f"数据集 {name} 下载不了：{visible(str(error)).partition(chr(10))[0][:120]}\n检查名字和网络；已经下载的，直接写文件或目录")
     files = {str(p): p.relative_to(folder).as_posix().lower() for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in SUFFIXES}
     found = {path: re.findall(r"(?<![a-z])(tra|val|dev|tes)(?:in|id|idation|t)?(?![a-z])", text) for path, text in files.items()}
     chosen = [path for path in files if (split or "train")[:3] in found[path] or not any(found.values())]
@@ -192,8 +192,8 @@ def main() -> None:
     add("--test_ratio", type=number(float, 0, 0.9), default=0.1, help="分作测试的比例（0 = 不分）")
     add("--seed", type=number(int, 0, 2**31), default=42, help="随机种子")
     add("--similarity", type=number(float, 0.5, 1), default=0.6, help="三字片段重合多少算相近（1 = 只看相同）")
-    add("--min_length", type=number(int, 0), default=0, help="问题加回答至少多少字")
-    add("--max_length", type=number(int, 0), default=0, help="问题加回答至多多少字（0 = 不限）")
+    add("--min_chars", type=number(int, 0), default=0, help="问题加回答至少多少字")
+    add("--max_chars", type=number(int, 0), default=0, help="问题加回答至多多少字（0 = 不限）")
     add = parser.add_argument_group("分类").add_argument
     add("--task_type", choices=("generation", "classification"), default="generation", help="任务：generation、classification")
     add("--text_column", help="文本的列名；分类默认 text")
@@ -232,8 +232,8 @@ def main() -> None:
             continue
         where, question, answer = row["where"], *ask_and_answer(row)
         length, whole = len(question) + len(answer), hash(json.dumps({**row, "where": ""}))
-        if whole in seen or length < args.min_length or 0 < args.max_length < length:
-            drops["和前面的某行完全相同" if whole in seen else "太短" if length < args.min_length else "太长"].append(where)
+        if whole in seen or length < args.min_chars or 0 < args.max_chars < length:
+            drops["和前面的某行完全相同" if whole in seen else "太短" if length < args.min_chars else "太长"].append(where)
             continue
         seen.add(whole)
         starts.append(spool.tell())

@@ -86,7 +86,7 @@ def test_the_same_seed_gives_the_same_files_and_another_seed_others(table, tmp_p
 def test_equal_empty_short_and_long_rows_are_dropped_and_named(tmp_path):
     rows = [("问题一是什么", "答一"), ("问题一是什么", "答一"), ("问题二是什么", " "), ("三", "三"), ("四" * 300, "答"), ("问题五是什么", "NA"), ("问题六是什么", "007")]
     path = write_csv(tmp_path / "t.csv", rows, header=("问题", "回答"))
-    result = prepare(path, tmp_path / "out", "--min_length", 4, "--max_length", 100, "--val_ratio", 0, "--test_ratio", 0)
+    result = prepare(path, tmp_path / "out", "--min_chars", 4, "--max_chars", 100, "--val_ratio", 0, "--test_ratio", 0)
     assert [row["output"] for row in read(tmp_path / "out", "train")] == ["答一", "NA", "007"]
     for words in ("完全相同：1 行（" + path + ":3）", "空的：1 行（" + path + ":4）", "太短：1 行（" + path + ":5）", "太长：1 行（" + path + ":6）", "读入 7 行，去掉 4 行，写出 3 行"):
         assert words in result.stdout
