@@ -39,9 +39,9 @@ def table(tmp_path_factory):
     """400 rows: of each four, one question, the same with other punctuation and width, a near one, and an unrelated one."""
     rng, rows = random.Random(0), []
     for n in range(100):
-        asked = question(rng)
+        asked = question(rng) + "ab12"
         near = asked[:12] + "呢" + asked[13:]
-        rows += [(f"{asked}？", f"甲{n}"), (f" {asked[:8]}， {asked[8:]} ? ", f"乙{n}"), (near, f"丙{n}"), (question(rng), f"丁{n}")]
+        rows += [(f"{asked}？", f"甲{n}"), (f" {asked[:8]}， {asked[8:-4]}ＡＢ１２ ? ", f"乙{n}"), (near, f"丙{n}"), (question(rng), f"丁{n}")]
     order = list(range(400))
     rng.shuffle(order)
     path = tmp_path_factory.mktemp("prepare") / "表.csv"
