@@ -190,7 +190,7 @@ def read_table(path: str, encoding: str | None = None, known: frozenset = frozen
     try:
         for last, cells in rows:
             line, end = end + 1, last
-            if not header:
+            if not any(header):
                 header = [name.strip("\ufeff \t") for name in cells]
                 if doubled := {name for name in header if name and header.count(name) > 1}:
                     fail(3, f"{path}:{line} 表头有重复的列名：{'、'.join(doubled)}。改成不同的名字再试")
@@ -237,7 +237,7 @@ def find_columns(names: tuple, wanted: dict) -> dict:
         columns |= {field: found[0]} if found and field not in columns else {}
     if "text" in columns or "text" in known and not {"output", "messages"} & set(columns):
         return {"text": columns.get("text") or known["text"]}
-    if "messages" in columns or not (missing := "、".join({"instruction", "output"} - set(columns))):
+    if "messages" in columns or not (missing := "、".join(sorted({"instruction", "output"} - set(columns)))):
         return columns
     raise ValueError(f"找不到 {missing} 列，{listed}。\n写明哪列是问题、哪列是回答：--columns instruction=列名,output=列名")
 

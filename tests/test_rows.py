@@ -251,6 +251,20 @@ def test_excel_and_parquet_load_whatever_they_are_called(tmp_path):
             assert len(dropped) == 1 and f"{path.name}:{12 if 'xlsx' in name else 11}：" in dropped[0]
 
 
+def test_empty_rows_and_columns_around_a_sheet_do_no_harm(tmp_path):
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for line, (question, answer) in enumerate([("问题", "回答"), *ROWS], 3):
+        book.active.cell(line * 2, 2, question)
+        book.active.cell(line * 2, 4, answer)
+    book.save(tmp_path / "t.xlsx")
+    rows = load_rows(str(tmp_path / "t.xlsx"))[0]
+    assert pairs(rows) == ROWS and rows[0]["where"].endswith(":8")
+    (tmp_path / "t.csv").write_text("\n,,\n问题,回答,,\n问一,答一,,\n,,,\n", encoding="utf-8")
+    assert pairs(load_rows(str(tmp_path / "t.csv"))[0]) == [("问一", "答一")]
+
+
 def test_lines_are_those_of_the_file_in_every_format(tmp_path):
     (tmp_path / "t.json").write_text('[\n {"instruction": "a",\n  "output": "b"},\n\n {"instruction": "c", "output": "d"}\n]', encoding="utf-8")
     (tmp_path / "t.jsonl").write_text('\n{"instruction": "a", "output": "b"}\n\n{"instruction": "c", "output": "d"}', encoding="utf-8")
