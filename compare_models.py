@@ -1,64 +1,298 @@
-"""微调前后对比：同样的问题，原模型和微调后的模型各答一遍，并排打印。
+"""微调前后对比：同样的问题，原模型和微调后的模型各答一遍，并排打印，也可以写成一个能发给同事的网页。
 
   python compare_models.py --test_file test_questions.txt      # 用 output/ 里最新的 LoRA
-  python compare_models.py --prompt "劳动合同纠纷如何处理？"
-  python compare_models.py --test_file test_questions.txt > evaluation_results.txt
+  python compare_models.py --test_file datasets/legal_qa_test.csv --report report.html --json report.json
+  python compare_models.py --prompt "劳动合同纠纷如何处理？" --lora_weights A/final_model --lora_weights B/final_model
 
-读：LoRA（--lora_weights 可以写几次，一起比较）、它的基础模型、问题文件（一行一个）。写：对比到标准输出。
-内存里只有一个模型：关掉 LoRA 是微调前，打开是微调后。
+读：LoRA（可以写几个，一起比较）、它的基础模型、问题文件（一行一个；数据表里的回答当作参考）。写：对比到标准输出，--report 的网页，
+--json 的全部数字。内存里只有一个模型：关掉 LoRA 是微调前，打开是微调后。
 """
 
+import base64
 import contextlib
+import difflib
+import hashlib
+import html
+import itertools
+import json
+import math
+import re
 import statistics
 import sys
+import time
+import unicodedata
 from pathlib import Path
 
-from common import fail, parse_args, run_script, visible
+from common import fail, load_rows, parse_args, run_script, visible
 from inference import conversation, find_adapter, generate, generation_options, load_adapter, load_model, make_inference_parser, read_questions, run_record
+
+VERDICTS = {"better": "更好", "worse": "更差", "higher": "更高", "lower": "更低", "no difference shown": "看不出差别"}
+
+NUMERAL = r"[零〇一二三四五六七八九十百千\d]{1,12}"
+ARTICLE = rf"第\s*({NUMERAL})\s*条(?:\s*之\s*({NUMERAL})(?!\s*[条款项]))?"
+
+
+# ---- 1. Citations ----
+
+def read_number(text: str) -> int:
+    """一百三十三 → 133, 十五 → 15, 577 → 577."""
+    if not set("十百千") & set(text):
+        return int("".join(str(int(unicodedata.numeric(char))) for char in text))
+    pairs = re.findall(r"([一二三四五六七八九\d]?)([十百千]?)", text)
+    return sum(int(unicodedata.numeric(digit or "一") * unicodedata.numeric(unit or "一")) for digit, unit in pairs if digit or unit)
+
+
+def find_citations(text: str, laws: dict[str, set]) -> list[tuple[int, int, str, str]]:
+    """(start, end, citation, status) of each article cited: 《刑法》第一百三十三条之一 is "刑法 133-1"; a law in `laws` needs no 《》.
+    Status: "real"; "missing" where the law has no such article; "unknown" where `laws` lacks the law, which may exist all the same."""
+    names = "|".join(map(re.escape, sorted(laws, key=len, reverse=True))) or "(?!)"
+    clause = rf"(?:\s*第\s*{NUMERAL}\s*款)?(?:\s*第?\s*[（(]?{NUMERAL}[）)]?\s*项)?"
+    articles = re.sub(r"\((?!\?)", "(?:", ARTICLE)
+    pattern = rf"(?:《\s*([^《》]{{1,80}}?)\s*》|({names}))(?:[（(][^（）()]{{0,20}}[）)])?((?:\s*[、，,和及与或者以]{{0,2}}\s*{articles}{clause})+)"
+    found = []
+    for match in re.finditer(pattern, text):
+        law = (match[1] or match[2]).removeprefix("中华人民共和国")
+        for n, article in enumerate(re.finditer(ARTICLE, match[3])):
+            number = "-".join(str(read_number(part)) for part in article.groups() if part)
+            status = "unknown" if law not in laws else "real" if number in laws[law] else "missing"
+            found.append((match.start(3) + article.start() if n else match.start(), match.start(3) + article.end(), f"{law} {number}", status))
+    return found
+
+
+# ---- 2. One model against the other ----
+
+def bootstrap(statistic, base, tuned, seed: int, resamples: int = 10_000):
+    """95 % interval of statistic(tuned) − statistic(base), for vectors (…, rows, k): rows are drawn with replacement, the same for both.
+    `statistic` takes sums (…, k) over rows. The percentiles are widened as Student's t widens the normal interval, for with few rows they
+    cover too little (Hesterberg 2015, "expanded percentile"). nan where one resample in twenty has nothing to score."""
+    import numpy as np
+    draw, rows, differences = np.random.default_rng(seed), base.shape[-2], []
+    for start in range(0, resamples, 500):
+        times = draw.multinomial(rows, np.full(rows, 1 / rows), min(500, resamples - start)).astype(float)
+        differences.append(statistic(times @ tuned) - statistic(times @ base))
+    differences = np.concatenate(differences, -1)
+    z, free = 1.959964, max(1, rows - 1)
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)  # Student's quantile
+    tail = statistics.NormalDist().cdf(-t * math.sqrt(rows / free))
+    scored = np.isnan(differences).mean(-1) < 0.05
+    return np.where(scored, np.nanquantile(np.where(scored[..., None], differences, 0), [tail, 1 - tail], axis=-1), np.nan)
+
+
+def versus(statistic, base, tuned, better: int, seed: int) -> dict | None:
+    """tuned − base with its interval, in how many rows which is ahead, and the word that follows from the interval alone.
+    `better`: 1 where more is better, -1 where less is, 0 where neither is. None where one of them has no score."""
+    difference, by_row = float(statistic(tuned.sum(0)) - statistic(base.sum(0))), statistic(tuned) - statistic(base)
+    if not math.isfinite(difference):
+        return None
+    low, high = map(float, bootstrap(statistic, base, tuned, seed))
+    wins, losses, ties = (int(n.sum()) for n in (by_row * (better or 1) > 1e-9, by_row * (better or 1) < -1e-9, abs(by_row) <= 1e-9))
+    if wins + losses < 6:  # five heads in five throws can be chance, and resampling so few does not show it
+        low, high = min(low, 0.0), max(high, 0.0)
+    up, down = {1: ("better", "worse"), -1: ("worse", "better"), 0: ("higher", "lower")}[better]
+    return {"difference": difference, "interval": [low, high] if math.isfinite(low + high) else None, "wins": wins, "ties": ties, "losses": losses,
+            "verdict": up if low > 0 else down if high < 0 else "no difference shown"}
+
+
+def metric_table(metrics: list[dict], models: list[str]) -> list[list[str]]:
+    """A header, and a line per metric and tuned model, as text."""
+    lines = [["指标", models[0], *(["微调", "差值", "95% 区间", "胜/平/负", "结论"] if models[1:] else [])]]
+    for entry in metrics:
+        base, *tuned = ("—" if x is None else f"{x:.2f}" for x in entry["scores"])
+        for name, value, pair in zip(models[1:], tuned, entry["versus"]):
+            words = ["—"] * 4 if pair is None else [
+                f"{pair['difference']:+.2f}", "{:+.2f} … {:+.2f}".format(*pair["interval"]) if pair["interval"] else "—",
+                f"{pair['wins']}/{pair['ties']}/{pair['losses']}", VERDICTS[pair["verdict"]]]
+            lines.append([entry["title"] + name.removeprefix("微调"), base, value, *words])
+        lines += [] if tuned else [[entry["title"], base]]
+    return lines
+
+
+def print_table(lines: list[list]) -> None:
+    """Columns as wide as their widest cell, a Chinese character being two wide; the first to the left, the others to the right."""
+    lines = [[visible(str(cell)) for cell in line] for line in lines]
+    wide = [[sum(1 + (unicodedata.east_asian_width(char) in "WF") for char in cell) for cell in line] for line in lines]
+    for line, have in zip(lines, wide):
+        gaps = [" " * (max(column) - width) for column, width in zip(zip(*wide), have)]
+        print("  ".join(gap + cell if n else cell + gap for n, (cell, gap) in enumerate(zip(line, gaps))).rstrip())
+
+
+# ---- 3. The page ----
+
+STYLE = """
+:root { color-scheme: light dark; --good: light-dark(#14773c, #5fd38a); --bad: light-dark(#b3261e, #ff8a80); --unsure: light-dark(#8a5a00, #f0b84a) }
+body { margin: 0 auto; padding: 1rem; max-width: 72rem; overflow-wrap: anywhere; font: 16px/1.65 system-ui, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif }
+h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem } h3 { font-size: 1rem; margin: 0 0 .5rem } p { margin: .5rem 0 } [hidden] { display: none }
+.quiet, th, summary { opacity: .7; font-weight: normal; font-size: .88rem } .wide { overflow-x: auto } input, select { font: inherit; margin-right: .5rem }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums } td, th { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #8884 }
+td:first-child, th:first-child { text-align: left } .bar { display: block; width: 8rem; margin-left: auto } .changed { background: #fc03 }
+.better, .real { color: var(--good) } .worse, .missing { color: var(--bad) } .unknown, .warn { color: var(--unsure) } .missing { text-decoration: underline wavy }
+article { padding: .9rem; margin: .8rem 0; border-radius: .6rem; background: #8881 } .text { white-space: pre-wrap } .curve { max-width: 100%; border-radius: .6rem }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1.2rem; margin-top: .5rem }
+@media (prefers-color-scheme: dark) { .curve { filter: invert(.9) hue-rotate(180deg) } }
+@media (max-width: 44rem) { .figures :is(th, td):is(:nth-child(5), :nth-child(6)) { display: none } .figures .bar { width: 4.5rem } td, th { padding: .25rem } }
+"""
+
+FORM = """<form hidden><input name="words" type="search" placeholder="找题目或回答里的字" aria-label="搜索"><select name="kind" aria-label="筛选"><option value="">全部</option>
+<option value="win">变好的</option><option value="loss">变差的</option><option value="missing">引了没有的条文</option><option value="endless">没自己说完</option></select>
+<output name="count" class="quiet"></output></form>"""
+
+SCRIPT = """
+const form = document.forms[0], cards = [...document.querySelectorAll("article")], { words, kind, count } = form.elements;
+const has = card => card.textContent.toLowerCase().includes(words.value.trim().toLowerCase()) && card.dataset.kinds.includes(kind.value);
+form.oninput = () => { for (const card of cards) card.hidden = !has(card); count.value = cards.filter(has).length + " / " + cards.length };
+form.onsubmit = () => false; form.hidden = false; form.oninput();
+"""
+
+
+def escape(value) -> str:
+    """Anything from a model, a file or a path as HTML text: no tags, and no invisible characters that turn the text around."""
+    return html.escape(visible(str(value)))
+
+
+def tag(name: str, *inside: str, **attributes) -> str:
+    """An HTML element. `inside` is HTML already; attributes (class_ is class, data_x is data-x) are plain text."""
+    words = "".join(f' {key.strip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
+    return f"<{name}{words}>{''.join(inside)}</{name}>"
+
+
+def marked(text: str, citations: list, other: str | None = None) -> str:
+    """`text` as HTML: its citations coloured, and marked what `other` does not say in runs of four characters or more."""
+    classes = ["" if other is None else "changed"] * len(text)
+    for block in difflib.SequenceMatcher(None, text, other or "", autojunk=False).get_matching_blocks() if len(text) < 2000 else []:
+        if block.size > 3:
+            classes[block.a:block.a + block.size] = [""] * block.size
+    if classes.count("") < 0.2 * len(text):  # next to nothing in common: marks everywhere would say nothing
+        classes = [""] * len(text)
+    for start, end, _, status in citations:
+        classes[start:end] = [status] * (end - start)
+    runs = [(name, escape("".join(char for char, _ in run))) for name, run in itertools.groupby(zip(text, classes), key=lambda item: item[1])]
+    return "".join(tag("span", words, class_=name) if name else words for name, words in runs)
+
+
+def draw_interval(pair: dict) -> str:
+    """The interval as a bar with a dot for the difference and a line where zero is, scaled to the larger end."""
+    low, high = pair["interval"]
+    left, right, dot = (60 + 55 * value / (max(abs(low), abs(high)) or 1) for value in (low, high, pair["difference"]))
+    return (f'<svg class="bar {pair["verdict"].split()[0]}" viewBox="0 0 120 18" role="img" aria-label="{low:.2f} … {high:.2f}"><path d="M60 0V18" stroke="#888"/>'
+            f'<path d="M{left:.1f} 9H{right:.1f}" stroke="currentColor" stroke-width="7" opacity=".4"/><circle cx="{dot:.1f}" cy="9" r="4" fill="currentColor"/></svg>')
+
+
+def draw_card(number: int, row: dict, models: list[str], ranked: dict) -> tuple[float, str]:
+    """(how much the last model gains on the first by the metric `ranked`, the question with all its answers as HTML)."""
+    first, last = (row["answers"][k]["scores"].get(ranked["key"]) for k in (0, -1))
+    change = 0.0 if first is None or last is None else (last - first) * ranked["better"]
+    kinds, answers = "win" if change > 0 else "loss" if change < 0 else "", []
+    for n, (name, answer) in enumerate(zip(models, row["answers"])):
+        facts = [f"{len(answer['text'])} 字", f"{answer['seconds']:.1f} 秒", *([] if answer["stopped"] else ["到长度上限还没说完"]),
+                 *(f"{title} {answer['scores'][key]:.2f}" for key, title in (("rougeL", "ROUGE-L"), ("nll", "NLL")) if answer["scores"].get(key) is not None)]
+        kinds += "".join(f" {status}" for *_, status in answer["citations"] if n) + (" endless" if n and not answer["stopped"] else "")
+        answers.append(tag("div", tag("h3", escape(name)), tag("div", marked(answer["text"], answer["citations"], row["answers"][0]["text"] if n else None), class_="text"), tag("p", "，".join(facts), class_="quiet")))
+    reference = tag("details", tag("summary", "参考回答"), tag("div", escape(row["reference"]), class_="text")) if row["reference"] else ""
+    return change, tag("article", tag("h3", f"{number}. ", escape(row["question"])), reference, tag("div", *answers, class_="answers"), data_kinds=kinds)
+
+
+def html_table(lines: list[list], more=(), **attributes) -> str:
+    """A table with a header; `more` is one cell of HTML for the end of each line."""
+    body = [tag("tr", *(tag("td", escape(cell)) for cell in line), last) for line, last in itertools.zip_longest(lines[1:], more, fillvalue="")]
+    head = tag("thead", tag("tr", *(tag("th", escape(name)) for name in lines[0]), "<th></th>" if more else ""))
+    return tag("div", tag("table", head, tag("tbody", *body), **attributes), class_="wide")
+
+
+def write_page(path: str, results: dict) -> None:
+    """One HTML file that needs nothing else: no network, and no script to be read. No script but its own may run in it."""
+    models, metrics = results["models"], results["metrics"]
+    ranked = next((e for e in metrics if e["key"] in ("rougeL", "nll", "accuracy")), {"key": "", "better": 0})
+    cards = sorted((draw_card(n, row, models, ranked) for n, row in enumerate(results["rows"], 1)), key=lambda card: -abs(card[0]))
+    page = "\n".join([
+        tag("h1", escape(results["title"])), tag("p", escape(results["subtitle"]), class_="quiet"), *(tag("p", escape(line), class_="warn") for line in results["warnings"]),
+        *(tag("p", tag("b", f"{title} {len(names)} 项", class_=word), "：", escape("、".join(names))) for word, title in VERDICTS.items()
+          if (names := [entry["title"] for entry in metrics for pair in entry["versus"][-1:] if pair and pair["verdict"] == word])),
+        tag("h2", "指标"), html_table(metric_table(metrics, models), [
+            tag("td", draw_interval(pair) if pair and pair["interval"] else "") for entry in metrics for pair in entry["versus"]], class_="figures"),
+        tag("p", "区间由配对自助法得出（重抽样 10,000 次）。整个区间在 0 的一边才说更好或更差，有差别的不到六题就不下结论。横条里竖线是 0，圆点是差值，每条各自缩放。"
+            "指标多，平均每二十个其实没有差别的，会有一个碰巧显得有。回答里的引用：绿色有这一条，红色波浪线没有，黄色是索引里没有这部法；底色是两边不同的话。", class_="quiet"),
+        *(tag("h2", escape(title)) + html_table(lines) for title, lines in results["tables"] if lines[1:]),
+        *(tag("h2", "训练损失") + f'<img class="curve" alt="损失曲线" src="data:image/svg+xml;base64,{svg}">' for svg in results["curves"]),
+        tag("h2", "逐题", *([f"（按 {escape(ranked['title'])} 的变化，大的在前）"] if ranked["key"] else [])), FORM, *(card for _, card in cards),
+        tag("h2", "设置"), tag("details", tag("summary", "展开"), html_table([["项目", "值"], *results["settings"].items()]))])
+    own = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    Path(path).write_text(f"""<!doctype html><html lang="zh-CN"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{own}'">
+<title>{escape(results["title"])}</title><style>{STYLE}</style></head><body>{page}<script>{SCRIPT}</script></body></html>""", encoding="utf-8")
+
+
+def describe_run(model, adapters: list[str], args, questions: str) -> dict:
+    """What the page says of where its figures come from: the models, the questions, every setting, the runs' loss curves."""
+    base = (model.get_base_model() if adapters else model).name_or_path
+    return {"subtitle": f"{Path(base).name}，{Path(questions).name}，{time.strftime('%Y-%m-%d')}",
+            "curves": [base64.b64encode(path.read_bytes()).decode() for adapter in adapters for path in Path(adapter).resolve().parent.glob("loss.svg")],
+            "settings": {"基础模型": base, "LoRA": "、".join(adapters), "题目": questions, "系统提示词": args.system, **generation_options(args),
+                         **{f"训练 {name}": value for adapter in adapters[:1] for name, value in run_record(adapter).get("args", {}).items()}}}
+
+
+def with_system(messages: list[dict], system: str | None) -> list[dict]:
+    """`messages` after the system prompt, unless they have their own."""
+    return [*([{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []), *messages]
 
 
 def main() -> None:
     parser = make_inference_parser(__doc__)
     add = parser.add_argument_group("问题").add_argument
     add("--prompt", help="一个问题")
-    add("--test_file", "--prompt_file", default="test_questions.txt", help="问题文件，一行一个，# 开头的是注释")
+    add("--test_file", "--prompt_file", default="test_questions.txt", help="问题文件，一行一个；数据表里的回答当作参考")
+    add("--report", help="写一个网页，例如 report.html")
+    add("--json", help="全部数字和回答写到这个 JSON 文件")
     args = parse_args(parser)
-    questions = [args.prompt] if args.prompt else read_questions(args.test_file)
+    if not args.prompt and Path(args.test_file).suffix in (".csv", ".tsv", ".json", ".jsonl"):
+        rows = [row for row in load_rows(args.test_file)[0] if "messages" in row] or fail(3, f"{args.test_file} 里没有问题和回答两列")
+    else:
+        rows = [{"messages": conversation(question)} for question in ([args.prompt] if args.prompt else read_questions(args.test_file))]
     adapters = [find_adapter(path) for path in args.lora_weights or [None]]
     args.system = run_record(adapters[0]).get("args", {}).get("system") if args.system is None else args.system
     model, tokenizer = load_model(args.base_model, adapters[0], args.device, force=args.force, quantization=args.quantization)
-    names = ["default", *(f"adapter{n}" for n in range(2, len(adapters) + 1))]
-    for name, adapter in zip(names[1:], adapters[1:]):
-        model = load_adapter(model, tokenizer, adapter, name, args.force)
-        if args.base_model is None and model.peft_config[name].base_model_name_or_path != model.peft_config["default"].base_model_name_or_path:
+    for n, adapter in enumerate(adapters[1:], 2):
+        model = load_adapter(model, tokenizer, adapter, f"adapter{n}", args.force)
+        if args.base_model is None and model.peft_config[f"adapter{n}"].base_model_name_or_path != model.peft_config["default"].base_model_name_or_path:
             fail(4, f"{adapter} 的基础模型和 {adapters[0]} 的不同，请分开比较")
 
-    from tqdm import tqdm
-
     # ---- Every question by the base, then by each adapter ----
-    results = []
-    with tqdm(total=len(questions) * (1 + len(names)), desc="回答", disable=not sys.stderr.isatty()) as bar:
-        for name in [None, *names]:
-            if name:
-                model.set_adapter(name)
+    from tqdm import tqdm
+    talks, answers = [with_system(row["messages"], args.system) for row in rows], []
+    asked = [talk[:-1] if talk[-1]["role"] == "assistant" else talk for talk in talks]
+    with tqdm(total=len(rows) * (1 + len(adapters)), desc="回答", disable=not sys.stderr.isatty()) as bar:
+        for name in [None, *model.peft_config]:
+            model.set_adapter(name or "default")
             with contextlib.nullcontext() if name else model.disable_adapter():
-                results.append(generate(model, tokenizer, [conversation(q, args.system) for q in questions], **generation_options(args),
-                                        progress=lambda n: bar.update(len(results) * len(questions) + n - bar.n)))
+                answers.append(generate(model, tokenizer, asked, **generation_options(args), progress=lambda n: bar.update(len(answers) * len(rows) + n - bar.n)))
+                if asked != talks:
+                    from evaluate_model import answer_loss
+                    for answer, talk in zip(answers[-1], talks):
+                        answer["nll"], answer["nll_tokens"] = answer_loss(model, tokenizer, talk)
 
     # ---- Side by side; "微调回答长度: N" is what people grep for ----
-    notes = [f"（{Path(adapter).parent.name}）" if len(adapters) > 1 else "" for adapter in adapters]
-    titles = [("原始", ""), *(("微调", note) for note in notes)]
-    for i, question in enumerate(questions):
-        print(f"{'=' * 78}\n[{i + 1}/{len(questions)}] 问题: {visible(question)}\n")
-        for (title, note), answers in zip(titles, results):
-            print(f"{title}回答{note}: {visible(answers[i]['text'])}" + ("\n" if answers[i]["stopped"] else " ……（到长度上限还没说完）\n"))
-        for (title, note), answers in zip(titles, results):
-            print(f"{title}回答长度: {len(answers[i]['text'])} 字{note}")
-        print("用时: " + "，".join(f"{title} {answers[i]['seconds']:.1f} 秒" for (title, _), answers in zip(titles, results)))
+    heads = [("原始", ""), *(("微调", f"（{Path(adapter).parent.name}）" if len(adapters) > 1 else "") for adapter in adapters)]
+    for i, talk in enumerate(asked):
+        print(f"{'=' * 78}\n[{i + 1}/{len(rows)}] 问题: {visible(talk[-1]['content'])}\n")
+        for (title, note), own in zip(heads, answers):
+            print(f"{title}回答{note}: {visible(own[i]['text'])}" + ("\n" if own[i]["stopped"] else " ……（到长度上限还没说完）\n"))
+        for (title, note), own in zip(heads, answers):
+            print(f"{title}回答长度: {len(own[i]['text'])} 字{note}")
+        print("用时: " + "，".join(f"{title} {own[i]['seconds']:.1f} 秒" for (title, _), own in zip(heads, answers)))
     print("=" * 78)
-    for (title, note), answers in zip(titles, results):
-        print(f"{title}{note}：平均 {statistics.fmean(len(a['text']) for a in answers):.0f} 字，{sum(a['stopped'] for a in answers)}/{len(answers)} 个自己结束，"
-              f"{sum(a['tokens'] for a in answers) / sum(a['seconds'] for a in answers):.1f} token/s")
+    for (title, note), own in zip(heads, answers):
+        print(f"{title}{note}：平均 {statistics.fmean(len(a['text']) for a in own):.0f} 字，{sum(a['stopped'] for a in own)}/{len(own)} 个自己结束，"
+              f"{sum(a['tokens'] for a in own) / sum(a['seconds'] for a in own):.1f} token/s")
+
+    # ---- Figures: those that need a reference where there is one ----
+    if asked != talks or args.report or args.json:
+        from evaluate_model import collect
+        results = {"title": "微调前后对比", "warnings": [], **collect(rows, answers, ["".join(head) for head in heads], args.seed),
+                   **describe_run(model, adapters, args, args.prompt or args.test_file)}
+        print_table(metric_table(results["metrics"], results["models"]))
+        if args.json:
+            Path(args.json).write_text(json.dumps(results, ensure_ascii=False, indent=1), encoding="utf-8")
+        if args.report:
+            write_page(args.report, results)
 
 
 if __name__ == "__main__":
