@@ -123,13 +123,14 @@ STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 72rem; overflow-wrap: anywhere; font: 16px/1.65 system-ui, "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", sans-serif }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem } h3 { font-size: 1rem; margin: 0 0 .5rem } p { margin: .5rem 0 } [hidden] { display: none }
 .quiet, th, summary { opacity: .7; font-weight: normal; font-size: .88rem } .wide { overflow-x: auto } input, select { font: inherit; margin-right: .5rem }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums } td, th { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #8884 }
-td:first-child, th:first-child { text-align: left } .bar { display: block; width: 8rem; margin-left: auto } .changed { background: #fc03 }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums } td, th { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #8884; overflow-wrap: break-word }
+:is(td, th):first-child, :is(td, th):nth-child(2):last-child { text-align: left; min-width: 4em } .bar { display: block; width: 8rem; margin-left: auto } .changed { background: #fc03 }
 .better, .real { color: var(--good) } .worse, .missing { color: var(--bad) } .unknown, .warn { color: var(--unsure) } .missing { text-decoration: underline wavy }
-article { padding: .9rem; margin: .8rem 0; border-radius: .6rem; background: #8881 } .text { white-space: pre-wrap } .curve { max-width: 100%; border-radius: .6rem }
+article { padding: .9rem; margin: .8rem 0; border-radius: .6rem; background: #8881 } .text { white-space: pre-wrap } .curve { width: 40rem; max-width: 100%; border-radius: .6rem }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1.2rem; margin-top: .5rem }
 @media (prefers-color-scheme: dark) { .curve { filter: invert(.9) hue-rotate(180deg) } }
-@media (max-width: 44rem) { .figures :is(th, td):is(:nth-child(5), :nth-child(6)) { display: none } .figures .bar { width: 4.5rem } td, th { padding: .25rem } }
+.figures td:not(:first-child) { white-space: nowrap }
+@media (max-width: 44rem) { .figures :is(th, td):is(:nth-child(4), :nth-child(5), :nth-child(6)) { display: none } .figures { font-size: .85rem } .bar { width: 4.5rem } td, th { padding: .25rem } }
 """
 
 FORM = """<form hidden><input name="words" type="search" placeholder="找题目或回答里的字" aria-label="搜索"><select name="kind" aria-label="筛选"><option value="">全部</option>

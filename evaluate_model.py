@@ -29,7 +29,7 @@ METRICS = {
     "nll": ("perplexity", "参考回答的 NLL/token", -1), "perplexity": ("perplexity", "参考回答的困惑度", -1),
     "length": ("length", "回答字数", 0), "distinct2": ("distinct", "distinct-2 %", 0), "repetition": ("repetition", "重复率 %", -1),
     "stop_rate": ("stop", "自己结束 %", 1), "tokens_per_second": ("speed", "速度 token/s", 0),
-    "citation_precision": ("citations", "引用准确率 %", 1), "citation_recall": ("citations", "引用召回率 %", 1),
+    "citation_precision": ("citations", "引用精确率 %", 1), "citation_recall": ("citations", "引用召回率 %", 1),
     "citation_f1": ("citations", "引用 F1 %", 1), "citation_exists": ("citations", "引用查得到 %", 1),
     "accuracy": ("accuracy", "分类准确率 %", 1), "macro_f1": ("f1", "宏平均 F1 %", 1), "micro_f1": ("f1", "微平均 F1 %", 1),
     "probe_correct": ("probe", "常识题答对 %", 1), "probe_nll": ("probe", "常识题答案的 NLL/token", -1),
@@ -177,7 +177,7 @@ def collect(rows: list[dict], models: list[list[dict]], names: list[str], seed: 
 
 def count_classes(expected: list[str], guessed: list[str], labels) -> list[list]:
     """The confusion matrix as a table: a line per label with how often it was taken for each, and its precision, recall and F1."""
-    counts, lines = Counter(zip(expected, guessed)), [["实际 ＼ 判为", *labels, "没认出", "准确率 %", "召回率 %", "F1 %"]]
+    counts, lines = Counter(zip(expected, guessed)), [["实际 ＼ 判为", *labels, "没认出", "精确率 %", "召回率 %", "F1 %"]]
     for label in labels:
         hit, said, due = counts[label, label], guessed.count(label), expected.count(label)
         shares = (f"{100 * n / of:.1f}" if of else "—" for n, of in ((hit, said), (hit, due), (2 * hit, said + due)))
