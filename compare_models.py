@@ -48,10 +48,10 @@ def find_citations(text: str, laws: dict[str, set]) -> list[tuple[int, int, str,
     names = "|".join(map(re.escape, sorted(laws, key=len, reverse=True))) or "(?!)"
     clause = rf"(?:\s*第\s*{NUMERAL}\s*款)?(?:\s*第?\s*[（(]?{NUMERAL}[）)]?\s*项)?"
     articles = re.sub(r"\((?!\?)", "(?:", ARTICLE)
-    pattern = rf"(?:《\s*([^《》]{{1,80}}?)\s*》|({names}))(?:[（(][^（）()]{{0,20}}[）)])?((?:\s*[、，,和及与或者以]{{0,2}}\s*{articles}{clause})+)"
+    pattern = rf"(?:《([^《》]{{1,80}})》|({names}))(?:[（(][^（）()]{{0,20}}[）)])?((?:\s*[、，,和及与或者以]{{0,2}}\s*{articles}{clause})+)"
     found = []
     for match in re.finditer(pattern, text):
-        law = (match[1] or match[2]).removeprefix("中华人民共和国")
+        law = (match[1] or match[2]).strip().removeprefix("中华人民共和国")
         for n, article in enumerate(re.finditer(ARTICLE, match[3])):
             number = "-".join(str(read_number(part)) for part in article.groups() if part)
             status = "unknown" if law not in laws else "real" if number in laws[law] else "missing"
