@@ -16,11 +16,13 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
 import sys
 import time
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -349,7 +351,8 @@ def main() -> None:
     run = {"args": vars(args), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "device": device, "dtype": str(dtype).removeprefix("torch."),
            "versions": {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in (torch, transformers, peft)}},
            "threads": state["threads"] if resume else torch.get_num_threads(), "data_sha256": sha256(json.dumps([train_data, val_data])), "base_fingerprint": fingerprint(model_path),
-           "template_sha256": sha256(tokenizer.chat_template), "template_date": TEMPLATE_DATE.isoformat(), "end_tokens": end_token_ids(model, tokenizer)}
+           "template_sha256": sha256(tokenizer.chat_template), "template_date": TEMPLATE_DATE.isoformat(), "end_tokens": end_token_ids(model, tokenizer),
+           "row_sha256": [sha256(re.sub(r"\s", "", unicodedata.normalize("NFKC", row["messages"][-2]["content"])))[:16] for row in rows if "messages" in row]}
     history, losses, best, best_step, bad_evals, start_step = [], [], math.inf, 0, 0, 0
     if resume:
         for key, name in (("data_sha256", "训练数据"), ("base_fingerprint", "基础模型的权重"), ("template_sha256", "对话模板")):
@@ -443,8 +446,7 @@ def main() -> None:
 
         # once in a while: save, then delete what is neither recent nor the best
         if step > 0 and fresh and (best_step == step or last or (args.save_every >= 0 and step % (args.save_every or steps_per_epoch) == 0)):
-            state = {**run, "step": step, "losses": losses, "best": best if best < math.inf else None, "best_step": best_step, "bad_evals": bad_evals,
-                     "scaler": scaler.state_dict()}
+            state = {**run, "step": step, "losses": losses, "best": best if best < math.inf else None, "best_step": best_step, "bad_evals": bad_evals, "scaler": scaler.state_dict()}
             values = {f"{i}.{key}": v for i, entry in optimizer.state_dict()["state"].items() for key, v in entry.items()}
             state["optimizer"] = {key: v for key, v in values.items() if not torch.is_tensor(v)}
             if bad := next((name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()), None):
@@ -498,8 +500,7 @@ def main() -> None:
         # once in a while: a step unlike those before it
         recent = [m["loss"] for m in history[-160:] if "loss" in m][-128:]
         if len(recent) >= 32 and (z := (step_loss - statistics.fmean(recent)) / (statistics.stdev(recent) or 1)) > 6:
-            places = "、".join(where for _, _, where in batch_rows)
-            tqdm.write(f"警告：第 {step + 1} 步的损失 {step_loss:.3f} 比前面 {len(recent)} 步高 {z:.1f} 个标准差，这一步的数据：{places}", file=sys.stderr)
+            say(f"警告：第 {step + 1} 步的损失 {step_loss:.3f} 比前面 {len(recent)} 步高 {z:.1f} 个标准差：{'、'.join(where for _, _, where in batch_rows)}")
 
         # log
         bar.update()
