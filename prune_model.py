@@ -1,0 +1,212 @@
+"""把模型剪小：去掉最不起作用的层，或把 FFN 变窄；在自己的数据上量重要性，打印前后的参数、文件、速度和困惑度。
+
+  python prune_model.py --method ffn --ratio 0.25              # FFN 变窄四分之一，存成普通的小模型
+  python prune_model.py --method layers --keep_layers 24 --output_dir models/small
+  python train.py --model_name output/pruned-ffn               # 剪过的模型要再训练一下才好用
+
+读：基础模型（默认同 train.py）和 --calibration_data 里的问答。写：--output_dir，普通模型目录，后面的脚本都能直接用。
+--method magnitude 只把小的权重变成 0，文件不会变小，也不会变快，留着作对比。
+"""
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+from common import encode, fail, find_model, load_base, load_rows, load_tokenizer, make_parser, number, parse_args, pick_device, run_script, say
+
+
+# ---- 1. What a model does on the user's rows ----
+
+def perplexity(model, rows: list[tuple]) -> float:
+    """exp of the mean loss over the label tokens of `rows`, (input_ids, labels) each."""
+    import torch
+    from torch.nn.functional import cross_entropy
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for ids, labels in rows:
+            logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1].float()
+            targets = torch.tensor(labels[1:], device=model.device)
+            total += cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
+            count += int((targets != -100).sum())
+    return math.exp(total / count)
+
+
+def tokens_per_second(model, rows: list[tuple]) -> float:
+    """Tokens that the model reads in a second, from each row's best time of five: other programs only make it longer."""
+    import torch
+
+    def seconds(ids: list[int]) -> float:
+        began = time.perf_counter()
+        model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1].argmax().item()  # .item() waits for the device
+        return time.perf_counter() - began
+
+    with torch.inference_mode():
+        return sum(len(ids) for ids, _ in rows) / sum(min(seconds(ids) for _ in range(5)) for ids, _ in rows)
+
+
+def run_with_hooks(model, rows: list[tuple], modules: list, hook) -> None:
+    """Run `model` over `rows` with `hook(index, inputs, output)` called after each of `modules`."""
+    import torch
+    # a hook that returns something replaces the output: this one returns nothing
+    handles = [m.register_forward_hook(lambda _, inputs, kwargs, output, i=i: hook(i, inputs or tuple(kwargs.values()), output) and None, with_kwargs=True)
+               for i, m in enumerate(modules)]
+    with torch.inference_mode():
+        for ids, _ in rows:
+            model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    for handle in handles:
+        handle.remove()
+
+
+# ---- 2. Structured: the model becomes smaller ----
+
+def drop_layers(model, rows: list[tuple], n_keep: int) -> list[int]:
+    """Take away the decoder layers whose output is most like their input (https://arxiv.org/abs/2403.03853); returns their numbers."""
+    import torch
+    layers = model.model.layers
+    change = [0.0] * len(layers)
+
+    def measure(i, inputs, output):
+        after = output[0] if isinstance(output, tuple) else output
+        change[i] += float((1 - torch.cosine_similarity(inputs[0].float(), after.float(), dim=-1)).sum())
+
+    run_with_hooks(model, rows, layers, measure)
+    dropped = sorted(sorted(range(len(layers)), key=change.__getitem__)[:len(layers) - n_keep])
+    kept = [i for i in range(len(layers)) if i not in dropped]
+    model.model.layers = torch.nn.ModuleList(layers[i] for i in kept)
+    for number_now, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = number_now
+    model.config.num_hidden_layers = n_keep
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[i] for i in kept]
+    if getattr(model.config, "max_window_layers", None):
+        model.config.max_window_layers = min(model.config.max_window_layers, n_keep)
+    return dropped
+
+
+def narrow_ffn(model, rows: list[tuple], n_keep: int) -> None:
+    """Keep in each FFN the `n_keep` neurons that move its output most: activation on `rows` times the length of its column in down_proj."""
+    import torch
+    blocks = [layer.mlp for layer in model.model.layers]
+    squares = [torch.zeros(block.down_proj.in_features, device=model.device) for block in blocks]
+
+    def measure(i, inputs, output):
+        squares[i] += inputs[0].float().pow(2).sum((0, 1))
+
+    run_with_hooks(model, rows, [block.down_proj for block in blocks], measure)
+    for block, square in zip(blocks, squares):
+        importance = square.sqrt() * block.down_proj.weight.float().norm(dim=0)
+        keep = importance.topk(n_keep).indices.sort().values
+        for projection in (block.gate_proj, block.up_proj):
+            projection.weight = torch.nn.Parameter(projection.weight[keep].clone())
+            projection.bias = None if projection.bias is None else torch.nn.Parameter(projection.bias[keep].clone())
+            projection.out_features = n_keep
+        block.down_proj.weight = torch.nn.Parameter(block.down_proj.weight[:, keep].clone())
+        block.down_proj.in_features = block.intermediate_size = n_keep
+    model.config.intermediate_size = n_keep
+
+
+# ---- 3. Unstructured: zeros in a model of the same size ----
+
+def zero_small_weights(model, ratio: float, scope: str) -> float:
+    """Set the smallest weights of the decoder layers to zero; returns the share of zeros in them. `scope`: the smallest of all layers
+    (global), of each matrix (layer), or two of every four in a row (2:4, the pattern that sparse tensor cores know)."""
+    import torch
+    weights = [m.weight for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    with torch.no_grad():
+        if scope == "global":
+            # in bins, as the numbers of all matrices together are too many to sort
+            sizes, top = torch.zeros(100_000, dtype=torch.float64), max(float(w.abs().max()) for w in weights)
+            for weight in weights:
+                sizes += torch.histc(weight.abs().float().cpu(), len(sizes), 0, top)
+            threshold = top * int(torch.searchsorted(sizes.cumsum(0), ratio * float(sizes.sum()))) / len(sizes)
+        for weight in weights:
+            size = weight.abs().float()
+            if scope == "2:4":
+                groups = size.reshape(-1, 4)
+                mask = torch.zeros_like(groups).scatter_(1, groups.topk(2).indices, 1.0).view_as(size)
+            else:
+                mask = size > (threshold if scope == "global" else size.flatten().kthvalue(max(1, int(size.numel() * ratio))).values)
+            weight.mul_(mask)
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    add = parser.add_argument_group("模型和数据").add_argument
+    add("--model_name", "--model_name_or_path", "--base_model", help="要剪的模型目录")
+    add("--calibration_data", "--dataset_name", default="./datasets/legal_qa.csv", help="量重要性用的数据文件")
+    add("--test_data", default="./datasets/legal_qa_test.csv", help="量困惑度用的数据文件")
+    add("--calibration_rows", type=number(int, 1), default=32, help="量重要性用几行，量困惑度也用这么多")
+    add("--max_length", type=number(int, 16), default=512, help="每行最多多少 token")
+    add("--device", default="auto", help="auto、cuda、mps 或 cpu")
+    add = parser.add_argument_group("剪法").add_argument
+    add("--method", choices=("layers", "ffn", "magnitude"), default="ffn", help="layers 去掉层，ffn 变窄，magnitude 只置零")
+    add("--ratio", type=number(float, 0, 0.95, above=True), default=0.25, help="去掉的比例：层、FFN 宽度或权重")
+    add("--keep_layers", type=number(int, 1), help="layers：留几层；给了就不看 ratio")
+    add("--scope", choices=("layer", "global", "2:4"), default="layer", help="magnitude：在每个矩阵里比、全部一起比、每四个留两个")
+    add("--output_dir", help="写到这个新目录；默认 output/pruned-METHOD")
+    args = parse_args(parser)
+    path = find_model(args.model_name)
+    output = Path(args.output_dir or f"output/pruned-{args.method}")
+    if output.exists():
+        fail(2, f"{output} 已经存在。换一个 --output_dir，或先移走它")
+    config = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
+    n_layers, width = config.get("num_hidden_layers") or 0, config.get("intermediate_size") or 0
+    n_keep = args.keep_layers or max(1, n_layers - round(n_layers * args.ratio))
+    if args.method == "layers" and not 0 < n_keep < n_layers:
+        fail(2, f"这个模型有 {n_layers} 层，留下 {n_keep} 层不行。用 --keep_layers 给一个更小的数，或加大 --ratio")
+
+    import torch
+    from safetensors import SafetensorError
+    tokenizer = load_tokenizer(path)
+    tables = [[row for row in load_rows(file)[0] if "messages" in row] for file in (args.calibration_data, args.test_data)]
+    calibration, test = ([encode(tokenizer, row["messages"], args.max_length) for row in table[:args.calibration_rows]] for table in tables)
+    if not calibration or not test:
+        fail(3, "--calibration_data 和 --test_data 要有问答行（只有 text 列的文件不行）")
+    model = load_base(path, *pick_device(args.device))
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not layers or not all(hasattr(getattr(layer, "mlp", None), name) for layer in layers for name in ("gate_proj", "up_proj", "down_proj")):
+        fail(4, f"{(model.config.architectures or ['这种模型'])[0]} 的层不是 Llama 那样的（gate_proj、up_proj、down_proj），还不会剪")
+    own_dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
+
+    def figures() -> tuple[float, float, float]:
+        say("量速度和困惑度 ……")
+        return sum(p.numel() for p in model.parameters()) / 1e6, tokens_per_second(model, test[:4]), perplexity(model, test)
+
+    before, note = figures(), ""
+    say(f"在 {len(calibration)} 行 {args.calibration_data} 上量重要性 ……" if args.method != "magnitude" else "置零 ……")
+    if args.method == "layers":
+        note = f"去掉第 {'、'.join(str(i + 1) for i in drop_layers(model, calibration, n_keep))} 层，剩 {n_keep} 层"
+    elif args.method == "ffn":
+        # a multiple of 32: GPUs and GGUF's blocks want it
+        n_keep = max(1, round(width * (1 - args.ratio) / 32)) * 32 if width >= 64 else max(1, round(width * (1 - args.ratio)))
+        narrow_ffn(model, calibration, n_keep)
+        note = f"FFN 宽度 {width} → {n_keep}"
+    else:
+        zeros = zero_small_weights(model, args.ratio, args.scope)
+        note = f"{zeros:.1%} 的权重成了 0；文件一个字节也没有省，不用专门的稀疏计算也不会变快"
+    after = figures()
+
+    # ---- 4. An ordinary smaller model, that gets its name when it is whole ----
+    staging = output.with_name(f".tmp-{output.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        model.to(own_dtype).save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        staging.rename(output)
+    except (OSError, SafetensorError) as error:
+        fail(6, f"{output} 写不下去：{error}。写了一半的文件已删除，磁盘满了就腾出空间再来")
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    print(f"{note}\n\n| | 参数（百万） | 文件（MB） | 速度（token/s） | 困惑度（{len(test)} 行） |\n|---|---|---|---|---|")
+    for name, folder, (parameters, speed, value) in (("剪之前", path, before), ("剪之后", output, after)):
+        megabytes = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 1e6
+        print(f"| {name} | {parameters:.1f} | {megabytes:.1f} | {speed:.0f} | {value:.2f} |")
+    print(f"\n{output}")
+
+
+if __name__ == "__main__":
+    run_script(main)
