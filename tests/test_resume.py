@@ -32,7 +32,7 @@ import pytest
 
 from conftest import ANSWERS, QUESTIONS, metrics, write_csv
 
-SEED, TIMES = int(os.environ.get("FAULT_SEED", 20)), int(os.environ.get("FAULT_TIMES", 1))
+SEED, TIMES = int(os.environ.get("FAULT_SEED", "20")), int(os.environ.get("FAULT_TIMES", "1"))
 TABLE = {}  # (fault, exit code) → [passed, of]
 ONE_AT_A_TIME = threading.Lock()  # multiprocessing reads every child's exit code when it starts another, and reads it only once
 
@@ -78,7 +78,7 @@ def warm_up(model):
 
     import peft
     import torch
-    import torch.utils.tensorboard  # noqa: F401
+    import torch.utils.tensorboard
 
     import common
     import compare_models  # noqa: F401
@@ -104,6 +104,8 @@ def child(script, arguments, log, fault):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.argv = [f"{script}.py", *map(str, arguments)]
     importlib.import_module("tqdm").tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
     main = importlib.import_module(script).main
