@@ -463,17 +463,18 @@ def test_a_template_that_moves_its_contents_is_left_to_llama_cpp():
 
 def test_the_demo_model_with_a_trained_adapter_answers_the_same_in_llama_cpp(demo, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export_model, "PROMPTS", QUESTIONS)
+    monkeypatch.setattr(export_model, "STEPS", 8)
     adapter = train(demo, data, tmp_path / "run", "--max_steps", 2, "--max_length", 64, "--lora_dropout", 0, "--val_ratio", 0) / "final_model"
     call("export_model.py", "--lora_weights", adapter, "--gguf", "f16", "q8_0", "--output_dir", tmp_path / "out")
     same = re.findall(r"llama.cpp：8/8 个提示词切得一样（要求全部），(\d)/8", capsys.readouterr().out)
     tokenizer, config, model = load_tokenizer(demo), t.AutoConfig.from_pretrained(demo), with_adapter(demo, str(adapter))
     export_model.write_gguf(tmp_path / "adapter.gguf", config, *export_model.adapter_parts(str(adapter), config))
     prompts = [encode(tokenizer, conversation(question))[0] for question in QUESTIONS]
-    answers = [greedy(model, ids, 16) for ids in prompts]
+    answers = [greedy(model, ids, 8) for ids in prompts]
     for kind in ("f16", "q8_0"):
         export_model.write_gguf(tmp_path / "base.gguf", config, export_model.gguf_header(config, tokenizer), export_model.model_tensors(Path(demo), config, kind))
         llama_cpp = LlamaCpp(tmp_path / "base.gguf", tmp_path / "adapter.gguf")
-        same.append(sum(llama_cpp.answer(ids, 16) == answer[:16] for ids, answer in zip(prompts, answers)))
+        same.append(sum(llama_cpp.answer(ids, 8) == answer for ids, answer in zip(prompts, answers)))
     print("MEASURED f16 and q8_0 merged, then base + adapter:", same)
     merged_f16, merged_q8_0, adapter_f16, adapter_q8_0 = map(int, same)
-    assert (merged_f16, adapter_f16) == (8, 8) and min(merged_q8_0, adapter_q8_0) >= 4
+    assert (merged_f16, adapter_f16) == (8, 8) and min(merged_q8_0, adapter_q8_0) >= 7
