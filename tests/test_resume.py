@@ -541,8 +541,8 @@ def test_ctrl_c_and_sigterm_at_random_moments_save_and_go_on_to_the_same_bits(fl
 
     def stop(n, number, code, delay):
         folder = tmp_path / str(n)
-        with trial(f"任意时刻 {signal.Signals(number).name}：存好再停，接着训练逐位相同", code):
-            ended, words, seconds = signalled(folder, long, number, delay)
+        ended, words, seconds = signalled(folder, long, number, delay)
+        with trial(f"任意时刻 {signal.Signals(number).name}：存好再停，接着训练逐位相同", ended):  # 0 where the run was over before the signal came
             assert ended in (code, 0), words[-2000:]
             if ended:
                 assert "--resume_from_checkpoint auto" in words and f"checkpoint-{sound(folder)[0]}" in words and "Traceback" not in words
