@@ -88,7 +88,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     """An ArgumentParser with `doc` as its help and --config; a mistake is one Chinese sentence and exit code 2."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=OneNameHelp, allow_abbrev=False, usage="%(prog)s [参数 …]", add_help=False)
     words = {"argument ": "参数 ", "expected one argument": "后面缺少一个值", "expected at least one argument": "后面至少要有一个值",
-             "invalid choice: ": "没有这个选项 ", "choose from": "可选"}
+             "invalid choice: ": "没有这个选项 ", "choose from": "可选", "not allowed with": "不能同时用"}
     def error(message: str) -> NoReturn:
         for english, chinese in words.items():
             message = message.replace(english, chinese)

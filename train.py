@@ -248,14 +248,14 @@ def main() -> None:
     if resume:
         state = json.loads((resume / "state.json").read_text(encoding="utf-8"))
         args = arguments(saved=state["args"])
-        args.output_dir = str(resume.parent)
+        args.output_dir, args.model_name = str(resume.parent), find_model(args.model_name)
         changed = {name: f"  {name}：{old} → {getattr(args, name)}" for name, old in state["args"].items()
                    if name not in ("output_dir", "config", "resume_from_checkpoint") and getattr(args, name) != old}
         if forbidden := [line for name, line in changed.items() if name not in MAY_CHANGE]:
             fail(2, "\n".join(["这些参数和 checkpoint 里的不同，接着训练就不是同一次训练了：", *forbidden, "去掉它们接着训练，或去掉 --resume_from_checkpoint 从头训练"]))
-    model_path = args.model_name = find_model(args.model_name)
     if args.report_to == "wandb" and not importlib.util.find_spec("wandb"):
         fail(2, "没有安装 wandb。安装：pip install wandb；或用 --report_to tensorboard")
+    model_path = args.model_name = find_model(args.model_name)
 
     # ---- 1. Data: a list of (input_ids, labels, where) ----
     tokenizer = load_tokenizer(model_path)
@@ -457,7 +457,7 @@ def main() -> None:
                 (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
                 save_file({key: v.contiguous() for key, v in values.items() if torch.is_tensor(v)}, staging / "optimizer.safetensors")
                 (staging / "state.json").write_text(json.dumps(state, ensure_ascii=False, indent=1), encoding="utf-8")
-            for old in [p for p in checkpoints(folder) if p.name != f"checkpoint-{best_step}" and not damage(p)][args.save_total_limit:]:
+            for old in [p for p in checkpoints(folder) if int(p.name[11:]) <= step and p.name != f"checkpoint-{best_step}" and not damage(p)][args.save_total_limit:]:
                 discard(old)
             since = time.perf_counter()
 

@@ -196,9 +196,9 @@ def test_early_stopping_ends_the_run(tiny, data, tmp_path):
     assert (folder / "final_model").is_dir()
 
 
-@pytest.mark.parametrize("extra", [[], ["--neftune_alpha", 5, "--lr_scheduler", "linear"], ["--no_fast", "--gradient_checkpointing"]])
-def test_resuming_from_every_step_gives_the_uninterrupted_run_bit_for_bit(tiny, data, tmp_path, extra):
-    flags = ["--num_epochs", 2, "--batch_size", 1, "--gradient_accumulation_steps", 2, "--val_ratio", 0.15, "--save_every", 1, "--save_total_limit", 20, *extra]
+def test_the_naive_run_too_resumes_from_every_step_bit_for_bit(tiny, data, tmp_path):
+    flags = ["--num_epochs", 2, "--batch_size", 1, "--gradient_accumulation_steps", 2, "--val_ratio", 0.15, "--save_every", 1, "--save_total_limit", 20,
+             "--no_fast", "--gradient_checkpointing"]
     whole = train(tiny, data, tmp_path / "whole", *flags)
     expected = (whole / "final_model" / "adapter_model.safetensors").read_bytes()
     losses = [(m["step"], m.get("loss"), m.get("grad_norm"), m.get("val_loss")) for m in metrics(whole)]
@@ -213,6 +213,15 @@ def test_resuming_from_every_step_gives_the_uninterrupted_run_bit_for_bit(tiny, 
         assert (part / "final_model" / "adapter_model.safetensors").read_bytes() == expected
         assert (part / "checkpoint-6" / "optimizer.safetensors").read_bytes() == (whole / "checkpoint-6" / "optimizer.safetensors").read_bytes()
         assert [(m["step"], m.get("loss"), m.get("grad_norm"), m.get("val_loss")) for m in metrics(part)] == losses
+
+
+def test_going_on_from_an_older_checkpoint_keeps_what_it_saves(tiny, data, tmp_path):
+    folder = train(tiny, data, tmp_path / "run", "--num_epochs", 2, "--batch_size", 1, "--gradient_accumulation_steps", 2, "--save_every", 1, "--save_total_limit", 8,
+                   "--val_ratio", 0)
+    before = (folder / "final_model" / "adapter_model.safetensors").read_bytes()
+    call("train.py", "--resume_from_checkpoint", folder / "checkpoint-2", "--save_total_limit", 2, "--max_steps", 4)
+    assert sorted(p.name for p in folder.glob("checkpoint-[1-4]")) == ["checkpoint-3", "checkpoint-4"]
+    assert (folder / "final_model" / "adapter_model.safetensors").read_bytes() != before
 
 
 def test_auto_resume_skips_a_damaged_checkpoint_and_a_named_one_is_refused(tiny, data, tmp_path, capfd):
