@@ -12,6 +12,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
 
+
+def pytest_sessionstart(session):
+    if not hasattr(session.config, "workerinput"):  # the process that starts the workers, or the only one
+        for old in Path(session.config.cache.mkdir("faults")).iterdir():
+            old.unlink()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Prints the tables fault → exit code → passed that the tests have written, for the README."""
+    for path in sorted(Path(config.cache.mkdir("faults")).iterdir()):
+        terminalreporter.write_line("\n" + path.read_text(encoding="utf-8"))
+
+
 TEXTS = ["劳动合同试用期最长不超过六个月。", "出租人应当将租赁物按照约定交付承租人。", "What is a contract?", "借款人应当按期返还借款。\n一、先协商；二、可以起诉。"]
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")

@@ -208,7 +208,7 @@ def test_a_model_that_brings_code_is_refused_and_the_code_not_run(tiny, tmp_path
     config[key] = {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"} if key == "auto_map" else "evil/kernel"
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'HACKED')!r}, 'w')\n", encoding="utf-8")
-    assert f"config.json 里的 {key}" in load_refused(folder, capsys)
+    assert f"里的 {key} 会运行" in load_refused(folder, capsys)
     assert not (tmp_path / "HACKED").exists()
 
 

@@ -48,15 +48,14 @@ def trial(fault, code, times=1):
 
 @pytest.fixture(scope="session", autouse=True)
 def fault_table(request):
-    """Prints the table when the session ends, and writes it for the README."""
+    """Writes the table when the session ends; conftest.py prints it."""
     yield
     if TABLE:
-        lines = ["| 故障 | 退出码 | 通过 |", "|---|---|---|", *(f"| {fault} | {code} | {passed}/{of} |" for (fault, code), (passed, of) in TABLE.items())]
+        lines = [f"FAULT_SEED={SEED} FAULT_TIMES={TIMES}", "", "| 故障 | 退出码 | 通过 |", "|---|---|---|",
+                 *(f"| {fault} | {code} | {passed}/{of} |" for (fault, code), (passed, of) in TABLE.items())]
         TABLE.clear()
-        path = Path(request.config.cache.mkdir("faults"), "table.md")
+        path = Path(request.config.cache.mkdir("faults"), f"table-{os.environ.get('PYTEST_XDIST_WORKER', 'all')}.md")
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-        reporter.write_line("\n\n" + "\n".join([*lines, f"FAULT_SEED={SEED} FAULT_TIMES={TIMES}，也在 {path}"]))
 
 
 # ---- 1. Runs in children of a fork server ----
