@@ -127,7 +127,8 @@ def test_every_command_in_the_readme_has_real_flags_and_files(readme):
     text = (ROOT / readme).read_text(encoding="utf-8")
     flags = {script: set(re.findall(r'"(--\w+)"', (ROOT / script).read_text(encoding="utf-8"))) for script in SCRIPTS}
     shared = set(re.findall(r'"(--\w+)"', (ROOT / "common.py").read_text(encoding="utf-8"))) | {"--no_fast", "--no_gradient_checkpointing"}
-    flags["compare_models.py"] |= flags["inference.py"] - {"--prompt_file", "--interactive", "--output", "--merge", "--use_original_model", "--clean_repeats"}
+    for script in ("compare_models.py", "evaluate_model.py", "export_model.py"):  # make_inference_parser's
+        flags[script] |= flags["inference.py"] - {"--prompt_file", "--interactive", "--output", "--merge", "--use_original_model", "--clean_repeats"}
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found = 0
