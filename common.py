@@ -20,11 +20,11 @@ import random
 import re
 import sys
 import unicodedata
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
-DEFAULT_MODEL = "./models/LLM-Research/Llama-3.2-3B-Instruct"
-DEMO_MODEL = "./models/SmolLM2-135M-Instruct"
+DEFAULT_MODEL, DEMO_MODEL = "./models/LLM-Research/Llama-3.2-3B-Instruct", "./models/SmolLM2-135M-Instruct"
 # Llama-3.2's template prints today's date, so training and chatting would see different prompts: every template is given this day.
 TEMPLATE_DATE = datetime.date(2024, 7, 26)
 # for tokenizers without a template of their own (GPT-2, OPT …); saved with the adapter
@@ -160,7 +160,7 @@ def read_table(path: str, encoding: str | None = None, known: frozenset = frozen
     No cell moves, no text changes. `known` names of columns tell the delimiter. Exit 3 where the whole file is broken."""
     if not os.path.isfile(path):
         hub = f"。先下载和整理：python prepare_data.py --input {path}" if path[:3] in ("hf:", "ms:") else ""
-        fail(3, f"{path} 不是普通文件" if os.path.exists(path) else f"没有数据文件 {path}{hub or nearest(path, map(str, Path(path).parent.glob('*')))}")
+        fail(3, f"{path} 不是普通文件" if os.path.exists(path) else f"没有数据文件 {path}{hub or nearest(path, (str(p) for p in Path(path).parent.glob('*') if p.suffix in SUFFIXES))}")
     with open(path, "rb") as file:
         start = file.read(1000)
     if kind := next((kind for magic, kind in FOREIGN.items() if re.match(magic, start)), None):
@@ -480,8 +480,8 @@ def fingerprint(path: str) -> str:
 def run_script(main) -> None:
     """Call `main`; Ctrl-C, a closed pipe, a full disk or memory end in a sentence and an exit code, not in a traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 gets escapes, not a crash
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would fill a log with carriage returns
+    warnings.simplefilter("ignore")  # the libraries' talk among themselves
+    os.environ |= {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}  # the libraries' bars would fill a log with carriage returns
     try:
         main()
         sys.stdout.flush()

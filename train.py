@@ -23,7 +23,6 @@ import statistics
 import sys
 import time
 import unicodedata
-import warnings
 from pathlib import Path
 
 from common import (TEMPLATE_DATE, encode, end_token_ids, fail, find_model, fingerprint, load_base, load_rows, load_tokenizer, make_parser,
@@ -242,7 +241,6 @@ def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
     say(f"{output_dir or 'output/'} 里没有 checkpoint，从头开始")
 
 def main() -> None:
-    warnings.simplefilter("ignore")  # the libraries' talk among themselves
     args = arguments()
     changed, resume = {}, find_checkpoint(args.resume_from_checkpoint, args.output_dir) if args.resume_from_checkpoint else None
     if resume:
