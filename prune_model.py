@@ -16,7 +16,6 @@ from pathlib import Path
 
 from common import encode, fail, find_model, load_base, load_rows, load_tokenizer, make_parser, number, parse_args, pick_device, run_script, say
 
-
 # ---- 1. What a model does on the user's rows ----
 
 def perplexity(model, rows: list[tuple]) -> float:
@@ -32,7 +31,6 @@ def perplexity(model, rows: list[tuple]) -> float:
             count += int((targets != -100).sum())
     return math.exp(total / count)
 
-
 def tokens_per_second(model, rows: list[tuple]) -> float:
     """Tokens that the model reads in a second, from each row's best time of five: other programs only make it longer."""
     import torch
@@ -45,7 +43,6 @@ def tokens_per_second(model, rows: list[tuple]) -> float:
     with torch.inference_mode():
         return sum(len(ids) for ids, _ in rows) / sum(min(seconds(ids) for _ in range(5)) for ids, _ in rows)
 
-
 def run_with_hooks(model, rows: list[tuple], modules: list, hook) -> None:
     """Run `model` over `rows` with `hook(index, inputs, output)` called after each of `modules`."""
     import torch
@@ -57,7 +54,6 @@ def run_with_hooks(model, rows: list[tuple], modules: list, hook) -> None:
             model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
     for handle in handles:
         handle.remove()
-
 
 # ---- 2. Structured: the model becomes smaller ----
 
@@ -84,7 +80,6 @@ def drop_layers(model, rows: list[tuple], n_keep: int) -> list[int]:
         model.config.max_window_layers = min(model.config.max_window_layers, n_keep)
     return dropped
 
-
 def narrow_ffn(model, rows: list[tuple], n_keep: int) -> None:
     """Keep in each FFN the `n_keep` neurons that move its output most: activation on `rows` times the length of its column in down_proj."""
     import torch
@@ -105,7 +100,6 @@ def narrow_ffn(model, rows: list[tuple], n_keep: int) -> None:
         block.down_proj.weight = torch.nn.Parameter(block.down_proj.weight[:, keep].clone())
         block.down_proj.in_features = block.intermediate_size = n_keep
     model.config.intermediate_size = n_keep
-
 
 # ---- 3. Unstructured: zeros in a model of the same size ----
 
@@ -130,7 +124,6 @@ def zero_small_weights(model, ratio: float, scope: str) -> float:
                 mask = size > (threshold if scope == "global" else size.flatten().kthvalue(max(1, int(size.numel() * ratio))).values)
             weight.mul_(mask)
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-
 
 def main() -> None:
     parser = make_parser(__doc__)
@@ -206,7 +199,6 @@ def main() -> None:
         megabytes = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / 1e6
         print(f"| {name} | {parameters:.1f} | {megabytes:.1f} | {speed:.0f} | {value:.2f} |")
     print(f"\n{output}")
-
 
 if __name__ == "__main__":
     run_script(main)
