@@ -286,11 +286,12 @@ def test_trained_test_rows_are_warned_of_and_refused_when_strict(learned, data, 
 
     folder = shutil.copytree(learned, tmp_path / "run")
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    record.pop("row_sha256", None)
+    # train.py writes the digests: those of the questions, in which NFKC turns ？ into ?
+    assert record["row_sha256"] and set(record.pop("row_sha256")) <= {hashlib.sha256(q.replace("？", "?").encode()).hexdigest()[:16] for q in QUESTIONS}
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     flags = ("--lora_weights", folder, "--test_data", data, "--metrics", "perplexity", "--limit", 4)
     assert any("没法查" in line for line in evaluate(tmp_path, *flags)["warnings"])
-    record["row_sha256"] = [hashlib.sha256(q.encode()).hexdigest()[:16] for q in ("试用期最长多久?", QUESTIONS[5])]  # NFKC turns ？ into ?
+    record["row_sha256"] = [hashlib.sha256(q.encode()).hexdigest()[:16] for q in ("试用期最长多久?", QUESTIONS[5])]
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     warnings = evaluate(tmp_path, *flags)["warnings"]
     assert "4 道测试题里有 1 道训练过" in warnings[0] and "qa.csv:2" in warnings[0]
