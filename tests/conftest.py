@@ -91,6 +91,7 @@ def make_model(folder, architecture="llama", seed=0, tokenizer=None):
              "initializer_range": 0.3, **ends}  # at the usual 0.02 a frozen head cannot tell tokens apart, so nothing could be learned
     configs = {
         "llama": lambda: t.LlamaConfig(**small, intermediate_size=128, num_key_value_heads=2),
+        "mistral": lambda: t.MistralConfig(**small, intermediate_size=128, num_key_value_heads=2, sliding_window=8),
         "qwen3": lambda: t.Qwen3Config(**small, intermediate_size=128, num_key_value_heads=2, head_dim=24),
         "gpt2": lambda: t.GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, n_positions=512, initializer_range=0.3, **ends),
         "opt": lambda: t.OPTConfig(**small, ffn_dim=128, word_embed_proj_dim=64, dropout=0.0, init_std=0.3),
