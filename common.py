@@ -420,11 +420,11 @@ def find_model(path: str | None) -> str:
         fail(4, f"本机没有模型 {path}。下载：python download_model.py --model {path}，再用 --model_name ./models/{path}")
     fail(4, f"{path} 不是模型目录（里面没有 config.json）。\n下载默认模型：python download_model.py；小的演示模型：python download_model.py --demo")
 
-def load_tokenizer(path: str):
+def load_tokenizer(path: str, trust_remote_code: bool = False):
     """The tokenizer in `path`, with a pad token, padding on the left, and a chat template in any case."""
     from transformers import AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # noqa: BLE001 - broken files raise a dozen unrelated types
         fail(4, f"{path} 里的 tokenizer 读不出来：{str(error).splitlines()[0][:200]}")
     if not tokenizer.chat_template:
@@ -435,7 +435,7 @@ def load_tokenizer(path: str):
     return tokenizer
 
 def load_base(path: str, device: str, dtype, quantization: str = "none", trust_remote_code: bool = False):
-    """The causal language model in `path` on `device`, in eval mode; safetensors only, no code from the model's folder."""
+    """The causal language model in `path` on `device`, in eval mode; safetensors only, no code from the model's folder unless trusted."""
     import torch
     import transformers
     from safetensors import safe_open
@@ -446,7 +446,7 @@ def load_base(path: str, device: str, dtype, quantization: str = "none", trust_r
                     load_in_8bit=quantization == "8bit", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
     texts = "".join(p.read_text(encoding="utf-8") for p in Path(path).glob("*.json") if p.name in ("config.json", "model.safetensors.index.json"))
     if (key := re.search(r'"(auto_map|_attn_implementation_internal|(?:/|\w:|[^"]*(?:\.\.|\\))[^"]*\.safetensors)"', texts)) and not trust_remote_code:
-        fail(4, f"{path} 里的 {visible(key[1])} 会运行模型自带的代码，或指向目录以外，没有加载。换一个模型，例如 python download_model.py")
+        fail(4, f"{path} 里的 {visible(key[1])} 会运行模型自带的代码，或指向目录以外，没有加载。换一个模型；信任它就加 --trust_remote_code")
     broken = path
     try:
         for broken in sorted(Path(path).glob("*.safetensors")):  # the libraries do not say which file is cut short, or a pointer to it

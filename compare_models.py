@@ -121,7 +121,6 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 .better, .real { color: var(--good) } .worse, .missing { color: var(--bad) } .unknown, .warn { color: var(--unsure) } .missing { text-decoration: underline wavy }
 article { padding: .9rem; margin: .8rem 0; border-radius: .6rem; background: #8881 } .text { white-space: pre-wrap } .curve { width: 40rem; max-width: 100%; border-radius: .6rem }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1.2rem; margin-top: .5rem }
-@media (prefers-color-scheme: dark) { .curve { filter: invert(.9) hue-rotate(180deg) } }
 .figures td:not(:first-child) { white-space: nowrap }
 @media (max-width: 44rem) { .figures :is(th, td):is(:nth-child(4), :nth-child(5), :nth-child(6)) { display: none } .figures { font-size: .85rem } .bar { width: 4.5rem } td, th { padding: .25rem } }
 """
@@ -166,6 +165,19 @@ def draw_interval(pair: dict) -> str:
     return (f'<svg class="bar {pair["verdict"].split()[0]}" viewBox="0 0 120 18" role="img" aria-label="{low:.2f} … {high:.2f}"><path d="M60 0V18" stroke="#888"/>'
             f'<path d="M{left:.1f} 9H{right:.1f}" stroke="currentColor" stroke-width="7" opacity=".4"/><circle cx="{dot:.1f}" cy="9" r="4" fill="currentColor"/></svg>')
 
+def draw_curves(adapter: str) -> str:
+    """The losses of the run that made the adapter, step by step, as an SVG; "" where the run left none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        metrics = [json.loads(line) for line in (Path(adapter).resolve().parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        curves = {key: [(int(m["step"]), float(m[key])) for m in metrics if key in m] for key in ("loss", "val_loss")}
+        xs, ys = zip(*itertools.chain(*curves.values()))
+        x, y, width, height = min(xs), max(ys), max(xs) - min(xs) or 1, max(ys) - min(ys) or 1
+        lines = [f'<polyline points="{" ".join(f"{40 + 590 * (a - x) / width:.1f},{10 + 200 * (y - b) / height:.1f}" for a, b in curves[key])}" fill="none" '
+                 f'stroke="{colour}" stroke-width="2"/>' for key, colour in (("loss", "#4a90d9"), ("val_loss", "#d9534f"))]
+        labels = [f'<text x="{a}" y="{b}" fill="currentColor" font-size="12">{word:.4g}</text>' for a, b, word in ((0, 18, y), (0, 212, min(ys)), (40, 228, x), (600, 228, max(xs)))]
+        return f'<svg class="curve" viewBox="0 0 640 232" role="img" aria-label="损失曲线">{"".join(lines + labels)}</svg>'
+    return ""
+
 def draw_card(number: int, row: dict, models: list[str], ranked: dict) -> tuple[float, str]:
     """(how much the last model gains on the first by the metric `ranked`, the question with all its answers as HTML)."""
     first, last = (row["answers"][k]["scores"].get(ranked["key"]) for k in (0, -1))
@@ -199,7 +211,7 @@ def write_page(path: str, results: dict) -> None:
         tag("p", "区间由配对自助法得出（重抽样 10,000 次）。整个区间在 0 的一边才说更好或更差，有差别的不到六题就不下结论。横条里竖线是 0，圆点是差值，每条各自缩放。"
             "指标多，平均每二十个其实没有差别的，会有一个碰巧显得有。回答里的引用：绿色有这一条，红色波浪线没有，黄色是索引里没有这部法；底色是两边不同的话。", class_="quiet"),
         *(tag("h2", escape(title)) + html_table(lines) for title, lines in results["tables"] if lines[1:]),
-        *(tag("h2", "训练损失") + f'<img class="curve" alt="损失曲线" src="data:image/svg+xml;base64,{svg}">' for svg in results["curves"]),
+        *(tag("h2", "训练损失") + curve + tag("p", "蓝：训练，红：验证；横轴是步数", class_="quiet") for curve in map(draw_curves, results["adapters"]) if curve),
         tag("h2", "逐题", *([f"（按 {escape(ranked['title'])} 的变化，大的在前）"] if ranked["key"] else [])), FORM, *(card for _, card in cards),
         tag("h2", "设置"), tag("details", tag("summary", "展开"), html_table([["项目", "值"], *results["settings"].items()]))])
     own = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
@@ -208,10 +220,10 @@ def write_page(path: str, results: dict) -> None:
 <title>{escape(results["title"])}</title><style>{STYLE}</style></head><body>{page}<script>{SCRIPT}</script></body></html>""", encoding="utf-8")
 
 def describe_run(model, adapters: list[str], args, questions: str) -> dict:
-    """What the page says of where its figures come from: the models, the questions, every setting, the runs' loss curves."""
+    """What the page says of where its figures come from: the models, the questions, every setting, the adapters."""
     base = (model.get_base_model() if adapters else model).name_or_path
     return {"subtitle": f"{Path(base).name}，{Path(questions).name}，{time.strftime('%Y-%m-%d')}",
-            "curves": [base64.b64encode(path.read_bytes()).decode() for adapter in adapters for path in Path(adapter).resolve().parent.glob("loss.svg")],
+            "adapters": adapters,
             "settings": {"基础模型": base, "LoRA": "、".join(adapters), "题目": questions, "系统提示词": args.system, **generation_options(args),
                          **{f"训练 {name}": value for adapter in adapters[:1] for name, value in run_record(adapter).get("args", {}).items()}}}
 
@@ -233,7 +245,8 @@ def main() -> None:
         rows = [{"messages": conversation(question)} for question in ([args.prompt] if args.prompt else read_questions(args.test_file))]
     adapters = [find_adapter(path) for path in args.lora_weights or [None]]
     args.system = run_record(adapters[0]).get("args", {}).get("system") if args.system is None else args.system
-    model, tokenizer = load_model(args.base_model, adapters[0], args.device, force=args.force, quantization=args.quantization)
+    model, tokenizer = load_model(args.base_model, adapters[0], args.device, force=args.force, quantization=args.quantization,
+                                  trust_remote_code=args.trust_remote_code)
     for n, adapter in enumerate(adapters[1:], 2):
         model = load_adapter(model, tokenizer, adapter, f"adapter{n}", args.force)
         if args.base_model is None and model.peft_config[f"adapter{n}"].base_model_name_or_path != model.peft_config["default"].base_model_name_or_path:

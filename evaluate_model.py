@@ -215,7 +215,8 @@ def main() -> None:
         say(f"警告：{line}")
 
     # ---- 2. The model, the batches, and what is there of a former try ----
-    model, tokenizer = load_model(args.base_model, adapter, args.device, force=args.force, quantization=args.quantization)
+    model, tokenizer = load_model(args.base_model, adapter, args.device, force=args.force, quantization=args.quantization,
+                                  trust_remote_code=args.trust_remote_code)
     args.system = run.get("args", {}).get("system") if args.system is None else args.system
     talks = [with_system(row["messages"], args.system) for row in rows + probe]
     for talk in talks[len(rows):]:  # 巴黎|Paris: either will do; the likelihood is that of the first

@@ -37,6 +37,7 @@ def make_inference_parser(doc: str) -> argparse.ArgumentParser:
     add("--quantization", choices=("none", "4bit", "8bit"), default="none", help="量化加载基础模型：none、4bit、8bit")
     add("--use_4bit", "--use_quantization", "--load_in_4bit", dest="quantization", action="store_const", const="4bit", help="即 --quantization 4bit")
     add("--use_8bit", "--load_in_8bit", dest="quantization", action="store_const", const="8bit", help="即 --quantization 8bit")
+    add("--trust_remote_code", action="store_true", help="允许运行模型目录里的代码（危险）")
     add = parser.add_argument_group("生成").add_argument
     add("--system", help="系统提示词；默认用训练时的，写 \"\" 就不用")
     add("--max_new_tokens", type=number(int, 1), default=512, help="回答最多多少 token")
@@ -129,14 +130,12 @@ def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: b
     return model.eval()
 
 def load_model(base_model: str | None = None, lora_weights: str | None = None, device: str = "auto", merge: bool = False, force: bool = False,
-               quantization: str = "none"):
+               quantization: str = "none", trust_remote_code: bool = False):
     """(model, tokenizer) ready to answer: the base alone where `lora_weights` is None, else with that LoRA (`merge`: folded in). Without
     `base_model` it is the one that the adapter was trained on, or the default model, or the demo model."""
-    if base_model is None and lora_weights:
-        base_model = read_json_file(Path(lora_weights, "adapter_config.json")).get("base_model_name_or_path")
-    base = find_model(base_model)
-    tokenizer = load_tokenizer(lora_weights if lora_weights and Path(lora_weights, "tokenizer_config.json").is_file() else base)
-    model = load_base(base, *pick_device(device), quantization)
+    base = find_model(base_model or (read_json_file(Path(lora_weights, "adapter_config.json")).get("base_model_name_or_path") if lora_weights else None))
+    tokenizer = load_tokenizer(lora_weights if lora_weights and Path(lora_weights, "tokenizer_config.json").is_file() else base, trust_remote_code)
+    model = load_base(base, *pick_device(device), quantization, trust_remote_code)
     if lora_weights:
         model = load_adapter(model, tokenizer, lora_weights, force=force)
     return model.merge_and_unload() if merge and lora_weights and quantization == "none" else model, tokenizer
@@ -275,7 +274,7 @@ def main() -> None:
         fail(2, '加 --interactive 聊天，或 --prompt "问题"，或 --prompt_file FILE；--lora_weights 一次一个，几个一起用 compare_models.py')
     questions = read_questions(args.prompt_file) if args.prompt_file else [args.prompt]
     adapter = None if args.use_original_model else find_adapter(args.lora_weights and args.lora_weights[0])
-    model, tokenizer = load_model(args.base_model, adapter, args.device, args.merge, args.force, args.quantization)
+    model, tokenizer = load_model(args.base_model, adapter, args.device, args.merge, args.force, args.quantization, args.trust_remote_code)
     args.system = run_record(adapter).get("args", {}).get("system") if args.system is None else args.system
     if args.interactive:
         return chat(model, tokenizer, args)

@@ -1,7 +1,7 @@
 """用 LoRA 在自己的问答表上微调语言模型：读表 → 训练 → 保存。整个训练循环就在这个文件的 main() 里。
 
   python train.py                                              # 默认模型，datasets/ 里的法律问答
-  python train.py --dataset_name 我的数据.csv --num_epochs 3
+  python train.py --dataset_name 我的数据.csv --dry_run          # 先看数据，估计内存和时间
   python train.py --resume_from_checkpoint auto                # 接着上次中断的训练
 
 读：CSV/TSV/JSON/JSONL（instruction、output 两列，可选 input）。写：output/llama-lora-日期_时间/ 下的
@@ -22,6 +22,7 @@ import signal
 import statistics
 import sys
 import time
+import timeit
 import unicodedata
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def arguments(saved: dict | None = None) -> argparse.Namespace:
     add("--quantization", choices=("none", "4bit", "8bit"), default="none", help="量化加载基础模型：none、4bit、8bit")
     add("--use_4bit", "--use_quantization", "--load_in_4bit", dest="quantization", action="store_const", const="4bit", help="即 --quantization 4bit")
     add("--use_8bit", "--load_in_8bit", dest="quantization", action="store_const", const="8bit", help="即 --quantization 8bit")
+    add("--trust_remote_code", action="store_true", help="允许运行模型目录里的代码（危险）")
     add = parser.add_argument_group("训练和 LoRA").add_argument
     add("--num_epochs", "--num_train_epochs", "--epochs", type=number(float, 0, above=True), default=3, help="训练轮数")
     add("--max_steps", type=number(int, 0), default=0, help="最多多少优化步（0 = 由轮数决定）")
@@ -79,8 +81,9 @@ def arguments(saved: dict | None = None) -> argparse.Namespace:
     add("--logging_steps", type=number(int, 1), default=1, help="每几步记录一行")
     add("--early_stopping_patience", type=number(int, 0), default=0, help="连续几次验证没变好就停（0 = 不停）")
     add("--report_to", choices=("tensorboard", "wandb", "none"), default="tensorboard", help="曲线写到哪里")
+    add("--dry_run", action="store_true", help="只看数据、估计内存和时间，不训练")
     add("--resume_from_checkpoint", metavar="auto|DIR", help="接着训练：auto 找最新的，或给 checkpoint 目录")
-    parser.set_defaults(**(saved or {}))
+    parser.set_defaults(**{**(saved or {}), "trust_remote_code": False})  # a checkpoint may come from anywhere
     return parse_args(parser)
 
 def preview(tokenizer, input_ids: list[int], labels: list[int]) -> str:
@@ -89,11 +92,23 @@ def preview(tokenizer, input_ids: list[int], labels: list[int]) -> str:
     spans = itertools.groupby(zip(input_ids, labels), key=lambda pair: pair[1] != -100)
     return "".join((learned if is_label else rest).format(visible(tokenizer.decode([i for i, _ in span]))) for is_label, span in spans)
 
+def estimate(args: argparse.Namespace, tokens: float) -> str:
+    """About how much memory and time `tokens` tokens take here: from the shapes of the weights, which are not loaded, and the time of a product."""
+    import torch
+    from safetensors import safe_open
+    device, dtype = pick_device(args.device, args.dtype)
+    files, x = [safe_open(file, "pt") for file in Path(args.model_name).glob("*.safetensors")], torch.rand(2048, 2048, device=device, dtype=dtype)
+    shapes = [(name, file.get_slice(name).get_shape()) for file in files for name in file.keys()]  # noqa: SIM118 - not a dict
+    size, widths = sum(math.prod(shape) for _, shape in shapes), sum(sum(shape) for name, shape in shapes if re.search(r"(layers|h)\.\d+\..*weight$", name))
+    kept = args.batch_size * args.max_length * widths * (0.5 if args.gradient_checkpointing else 2.5)  # numbers that wait for the backward pass
+    gigabytes = (size * {"none": x.element_size(), "8bit": 1, "4bit": 0.6}[args.quantization] + kept * x.element_size()) / 2**30 + 0.6
+    seconds = min(timeit.repeat(lambda: (x @ x).sum().item(), number=1, repeat=5)) * 4 * size * tokens / (2 * 2048**3) / 0.5  # half of what one product does
+    return f"{device} 上大约要 {gigabytes:.1f} GB 内存、{seconds / 3600:.1f} 小时（都可能差一倍）"
+
 # ---- The model's side of a step ----
 
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, row_lengths=None, **kwargs):
-    """Causal attention inside each row of a pack, (1, heads, tokens, head_dim) → (1, tokens, heads, head_dim); a call per row costs the
-    sum of the squared lengths, where a block-diagonal mask would cost the square of the sum."""
+    """Causal attention inside each row of a pack, (1, heads, tokens, head_dim) → (1, tokens, heads, head_dim): a call per row needs no mask."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention as attend
     rows = zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)))
@@ -128,9 +143,8 @@ def fast_dropout(dropout, x):
     return x * (draws >= k).view(x.shape).to(x.dtype).mul_(256 / (256 - k))
 
 def chunked_loss(hidden, weight, targets, chunk: int = 256):
-    """Sum of cross-entropies of (n, width) `hidden` states under a (vocabulary, width) output head, n `targets`. The gradient is made in the
-    forward pass, `chunk` rows at a time, so that logits of n rows never exist: for 1,000 labels of Llama-3.2 (128,256 tokens, fp32) that
-    is 0.5 GB, and their softmax and gradient as much again."""
+    """Sum of cross-entropies of (n, width) `hidden` states under a (vocabulary, width) output head, n `targets`. The gradient is made in the forward
+    pass, `chunk` rows at a time: for 1,000 labels of Llama-3.2 (128,256 tokens, fp32) whole logits are 0.5 GB, and their gradient as much again."""
     import torch
     total, gradients = torch.zeros((), device=hidden.device), []
     for rows, labels in zip(hidden.detach().split(chunk), targets[:, None].split(chunk)):
@@ -198,8 +212,8 @@ def discard(folder: Path) -> None:
 
 @contextlib.contextmanager
 def staged(folder: Path):
-    """Make `folder` in one stroke: what the caller writes into the folder that is given to it, beside the final one, gets a manifest, is forced
-    to the disk and renamed. A crash at any moment leaves a whole folder or none, and `.tmp-` folders that the next start removes."""
+    """Make `folder` in one stroke: what the caller writes into the folder given to it gets a manifest, is forced to the disk and renamed.
+    A crash at any moment leaves a whole folder or none, and `.tmp-` folders that the next start removes."""
     staging = folder.with_name(f".tmp-{folder.name}")
     staging.mkdir(parents=True)
     try:
@@ -235,8 +249,7 @@ def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
             return candidate
         say(f"{candidate} 不能用：{problem}")
     if found:
-        fail(4, "checkpoint 全部损坏，文件都没有动。从头训练：去掉 --resume_from_checkpoint，换一个 --output_dir" if where == "auto" else
-             "自动找最新的完好的：--resume_from_checkpoint auto")
+        fail(4, "checkpoint 全部损坏，文件都没有动。从头训练：换一个 --output_dir" if where == "auto" else "自动找最新的完好的：--resume_from_checkpoint auto")
     say(f"{output_dir or 'output/'} 里没有 checkpoint，从头开始")
 
 def main() -> None:
@@ -247,7 +260,7 @@ def main() -> None:
         args = arguments(saved=state["args"])
         args.output_dir, args.model_name = str(resume.parent), find_model(args.model_name)
         changed = {name: f"  {name}：{old} → {getattr(args, name)}" for name, old in state["args"].items()
-                   if name not in ("output_dir", "config", "resume_from_checkpoint") and getattr(args, name) != old}
+                   if name not in ("output_dir", "config", "resume_from_checkpoint", "dry_run") and getattr(args, name) != old}
         if forbidden := [line for name, line in changed.items() if name not in MAY_CHANGE]:
             fail(2, "\n".join(["这些参数和 checkpoint 里的不同，接着训练就不是同一次训练了：", *forbidden, "去掉它们接着训练，或去掉 --resume_from_checkpoint 从头训练"]))
     if args.report_to == "wandb" and not importlib.util.find_spec("wandb"):
@@ -255,7 +268,7 @@ def main() -> None:
     model_path = args.model_name = find_model(args.model_name)
 
     # ---- 1. Data: a list of (input_ids, labels, where) ----
-    tokenizer = load_tokenizer(model_path)
+    tokenizer = load_tokenizer(model_path, args.trust_remote_code)
     reading = {"encoding": args.encoding, "columns": f"text={args.text_column}" if args.text_column else args.columns, "skip_bad_rows": args.skip_bad_rows}
     rows, dropped = load_rows(args.dataset_name, **reading, seed=args.seed)
     rows = random.Random(args.seed).sample(rows, min(len(rows), args.max_samples or len(rows)))
@@ -263,7 +276,6 @@ def main() -> None:
     val_rows, val_dropped = load_rows(args.val_data, **reading) if args.val_data else (rows[:n_val], [])
     rows, dropped = rows[n_val:], dropped + val_dropped
     cut = {}  # where: (tokens, whether the answer lost its end)
-
     def tokenize(row: dict) -> tuple[list[int], list[int], str]:
         if "text" in row:
             full = full_labels = text_ids(tokenizer, row["text"], first=True) + [tokenizer.eos_token_id]
@@ -279,7 +291,6 @@ def main() -> None:
         if all(t == -100 for t in labels[1:]):
             fail(3, f"{row['where']} 截断后没有剩下要学的内容：--max_length {args.max_length} 太小，这一行有 {len(full)} token")
         return ids, labels, row["where"]
-
     train_data, val_data = [tokenize(row) for row in rows], [tokenize(row) for row in val_rows]
     lengths = sorted(len(ids) for ids, _, _ in train_data)
     rows_per_step, budget = args.batch_size * args.gradient_accumulation_steps, args.batch_size * args.max_length
@@ -290,7 +301,14 @@ def main() -> None:
     if cut:
         say(f"有 {len(cut)} 行超过 max_length {args.max_length}，其中 {sum(lost for _, lost in cut.values())} 行的回答被截断（这些行不学结束符）："
             f"{'、'.join([*cut][:5])}{' 等' if len(cut) > 5 else ''}。要全部放下用 --max_length {max(cut.values())[0]}")
-    say("第一行训练数据（" + ("绿色" if sys.stderr.isatty() else "【】里") + "是要学的）：\n" + preview(tokenizer, *train_data[0][:2]))
+    most = {"第一行": lambda row: 0, "最长的一行": lambda row: len(row[0]), "截得最多的一行": lambda row: cut.get(row[2], (0,))[0]}
+    for title, (ids, labels, where) in [(title, max(train_data, key=by)) for title, by in most.items()][:3 if args.dry_run else 1]:
+        say(f"{title}，{where}（{'绿色' if sys.stderr.isatty() else '【】里'}是要学的）：\n{preview(tokenizer, ids, labels)}")
+    if args.dry_run:
+        width = -(-lengths[-1] // 10)
+        return say("每行的 token 数：", *(f"{k * width + 1:6}–{(k + 1) * width:<6}{(n := len([*group])):6} 行 {'█' * math.ceil(40 * n / len(lengths))}"
+                                    for k, group in itertools.groupby(lengths, key=lambda n: (n - 1) // width)),
+                   f"每步 {rows_per_step} 行，每轮 {steps_per_epoch} 步，共 {total_steps} 步；{estimate(args, sum(lengths) * total_steps / steps_per_epoch)}。什么也没有写", sep="\n")
 
     folder = Path(args.output_dir or time.strftime("output/llama-lora-%Y%m%d_%H%M%S"))
     if not resume and ((folder / "final_model").exists() or checkpoints(folder)):
@@ -314,23 +332,22 @@ def main() -> None:
     import transformers
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
-
     device, dtype = pick_device(args.device, args.dtype)
     on_cuda = device.startswith("cuda")
     optim = args.optim if args.optim != "auto" else "paged_adamw_8bit" if on_cuda and args.quantization != "none" else "adamw_torch"
     if optim == "paged_adamw_8bit" and not on_cuda:
         fail(2, f"--optim paged_adamw_8bit 只能在 CUDA 上用，这里是 {device}。改用 --optim adamw_torch")
     torch.manual_seed(args.seed)
-    model = load_base(model_path, device, dtype, args.quantization)
+    model = load_base(model_path, device, dtype, args.quantization, args.trust_remote_code)
     if lengths[-1] > (window := getattr(model.config, "max_position_embeddings", None) or lengths[-1]):
         fail(2, f"最长的一行有 {lengths[-1]} token，这个模型最多 {window}：用 --max_length {window}")
     if max(max(ids) for ids, _, _ in train_data) >= model.get_input_embeddings().num_embeddings:
         fail(4, f"tokenizer 的编号超出了模型的词表（{model.get_input_embeddings().num_embeddings}）：两者不是一套，请重新下载模型")
     targets = args.target_modules or "all-linear"  # attention and FFN projections, not the output head
     targets = targets[0] if len(targets) == 1 and set(targets[0]) & set(".*|\\^$(") else targets  # one regex
-    config = peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, task_type="CAUSAL_LM", target_modules=targets)
+    lora = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": targets}
     try:
-        model = peft.get_peft_model(model, config)  # the LoRA weights are fp32 whatever the base is
+        model = peft.get_peft_model(model, peft.LoraConfig(**lora, task_type="CAUSAL_LM"))  # the LoRA weights are fp32 whatever the base is
     except ValueError as error:
         fail(2, f"--target_modules 在这个模型里找不到：{str(error).splitlines()[0][:160]}")
     if args.gradient_checkpointing:
@@ -382,14 +399,12 @@ def main() -> None:
     if args.report_to != "none":
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(str(folder / "logs"), purge_step=start_step + 1 if resume else 0)
-
     def record(step: int, metrics: dict) -> None:
         history.append({"step": step, **metrics})
         with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(history[-1]) + "\n")
         for name, value in metrics.items() if args.report_to != "none" else ():
             board.add_scalar(name, value, step)
-
     say(f"设备 {device}（{'--device 指定' if args.device != 'auto' else '没有找到显卡' if device == 'cpu' else '自动找到'}），基础权重 {run['dtype']}{'' if args.quantization == 'none' else '，量化 ' + args.quantization}，LoRA float32，优化器 {optim}，"
         f"{'按行打包，不填充' if packed else '填充' if not args.fast else '填充（这种模型不能打包）'}\n"
         f"可训练参数 {trainable:,} / {total:,}（{100 * trainable / total:.2f}%），加在 {'、'.join(sorted({name.rpartition('.')[2] for name in model.targeted_module_names}))}\n"
@@ -397,7 +412,6 @@ def main() -> None:
 
     # ---- 4. The loop ----
     stopped_by, warmup = 0, math.ceil(total_steps * args.warmup_ratio)
-
     def on_signal(number: int, frame) -> None:
         nonlocal stopped_by
         if stopped_by:
@@ -405,14 +419,12 @@ def main() -> None:
         stopped_by = number
         with contextlib.suppress(OSError):  # print() may not be called while the interrupted code is printing
             os.write(2, "\n收到停止信号：做完这一步就保存并退出（再按一次立即退出）\n".encode())
-
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    bar, tokens, all_tokens, skipped = tqdm(disable=True), 0, 0, 0
+    bar, tokens, all_tokens, skipped = tqdm(total=total_steps, initial=start_step), 0, 0, 0
     model.train()
 
-    # The longest micro-batch first: too little memory shows now and not on row 900. On a card the budget shrinks until it fits: the gradient is the same.
-    # Elsewhere packs are all about as large, and the first step shows it.
+    # The longest micro-batch first: too little memory shows now and not on row 900 (packs on a CPU are all about as large). On a card the budget shrinks.
     while on_cuda or not packed:
         try:
             with amp:
@@ -433,15 +445,14 @@ def main() -> None:
         if val_data and fresh and (step % (args.eval_every or steps_per_epoch) == 0 or step == total_steps):
             model.eval()
             with torch.inference_mode(), amp:
-                val_loss = sum(loss_sum(model, batch, packed).item() for batch in micro_batches(val_data, budget, packed))
+                total_loss = sum(loss_sum(model, batch, packed).item() for batch in micro_batches(val_data, budget, packed))
             model.train()
-            val_loss /= sum(t != -100 for _, labels, _ in val_data for t in labels[1:])
+            val_loss = total_loss / sum(t != -100 for _, labels, _ in val_data for t in labels[1:])
             is_best = val_loss < best
             best, best_step, bad_evals = (val_loss, step, 0) if is_best else (best, best_step, bad_evals + 1)
             record(step, {"val_loss": round(val_loss, 6), "epoch": round(step / steps_per_epoch, 4)})
             note = "微调前" if step == 0 else "目前最好" if is_best else f"最好的是第 {best_step} 步的 {best:.4f}"
             tqdm.write(f"验证：第 {step} 步，损失 {val_loss:.4f}，困惑度 {math.exp(min(val_loss, 50)):.2f}（{note}）", file=sys.stderr)
-            since = time.perf_counter()
         last = step == total_steps or stopped_by > 0 or 0 < args.early_stopping_patience <= bad_evals
 
         # once in a while: save, then delete what is neither recent nor the best
@@ -459,18 +470,15 @@ def main() -> None:
                 (staging / "state.json").write_text(json.dumps(state, ensure_ascii=False, indent=1), encoding="utf-8")
             for old in [p for p in checkpoints(folder) if int(p.name[11:]) <= step and p.name != f"checkpoint-{best_step}" and not damage(p)][args.save_total_limit:]:
                 discard(old)
-            since = time.perf_counter()
 
-        # stop?
         if last:
             break
 
         # micro-steps: the rows of a step, and every random number drawn in it, follow from (seed, step)
-        if step == start_step or step % steps_per_epoch == 0:
-            bar.close()
-            bar = tqdm(total=steps_per_epoch, initial=step % steps_per_epoch, desc=f"Epoch {step // steps_per_epoch + 1}/{math.ceil(args.num_epochs)}")
+        bar.set_description(f"Epoch {step // steps_per_epoch + 1}/{math.ceil(args.num_epochs)}")
         batch_rows = [train_data[i] for i in step_rows(len(train_data), rows_per_step, args.seed, step)]
         label_tokens, step_loss = sum(t != -100 for _, labels, _ in batch_rows for t in labels[1:]), 0.0
+        since = since if tokens else time.perf_counter()
         torch.manual_seed(args.seed * 1_000_003 + step)
         for batch in micro_batches(batch_rows, budget, packed):
             with amp:
@@ -511,10 +519,10 @@ def main() -> None:
             left = int((now - began) / (step + 1 - start_step) * (total_steps - step - 1))
             metrics = {"loss": round(sum(losses) / len(losses), 6), "learning_rate": float(f"{args.learning_rate * scale:.4g}"), "grad_norm": round(grad_norm, 4),
                        "tokens_per_second": round(tokens / (now - since), 1), "epoch": round((step + 1) / steps_per_epoch, 4),
-                       **({"peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2)} if on_cuda else {})}
+                       **({"peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2), "skipped_updates": skipped} if on_cuda else {})}
             record(step + 1, metrics)
             tqdm.write(f"{metrics} 第 {step + 1}/{total_steps} 步，还要 {left // 60}:{left % 60:02d}", file=sys.stderr)
-            losses, tokens, all_tokens, since = [], 0, all_tokens + tokens, now
+            losses, tokens, all_tokens = [], 0, all_tokens + tokens
 
     bar.close()
     if stopped_by:
@@ -529,19 +537,11 @@ def main() -> None:
     with staged(folder / "final_model") as staging:
         for file in set(source.iterdir()) - {source / name for name in ("optimizer.safetensors", "state.json", "manifest.json")}:
             shutil.copy(file, staging)
-    minutes = (time.perf_counter() - began) / 60
     summary = {"步数": f"{step}（{step / steps_per_epoch:g} 轮）", "训练行数": len(train_data), "可训练参数": f"{trainable:,}（{100 * trainable / total:.2f}%）",
-               "用时": f"{minutes:.1f} 分钟", "速度": f"{all_tokens / minutes / 60:.0f} token/s（含验证和保存）",
+               "用时": f"{(minutes := (time.perf_counter() - began) / 60):.1f} 分钟", "速度": f"{all_tokens / minutes / 60:.0f} token/s（含验证和保存）",
                **({"验证损失": f"{next(m['val_loss'] for m in history if 'val_loss' in m):.4f} → {best:.4f}（第 {best_step} 步）"} if val_data else {})}
-    curves = {"#1f77b4": [(m["step"], -m["loss"]) for m in history if "loss" in m], "#d62728": [(m["step"], -m["val_loss"]) for m in history if "val_loss" in m]}
-    xs, ys = zip(*itertools.chain(*curves.values()))
-    lines = [f'<polyline points="{" ".join(f"{x},{y}" for x, y in line)}" fill="none" stroke="{colour}" stroke-width="2" vector-effect="non-scaling-stroke"/>'
-             for colour, line in curves.items()]
-    (folder / "loss.svg").write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="240" preserveAspectRatio="none" viewBox="{min(xs)} {min(ys)} '
-                                     f'{max(xs) - min(xs) or 1} {max(ys) - min(ys) or 1}">{"".join(lines)}</svg>\n', encoding="utf-8")
     (folder / "training_report.md").write_text("\n".join([
-        f"# 训练报告\n\n{run['started']} 开始，{run['device']}，{run['dtype']}，torch {run['versions']['torch']}\n\n![损失曲线](loss.svg)\n",
-        f"蓝：训练损失，红：验证损失。横轴是第 {min(xs)} 到 {max(xs)} 步，纵轴从 {-max(ys):.3g} 到 {-min(ys):.3g}。\n\n| 项目 | 值 |\n|---|---|",
+        f"# 训练报告\n\n{run['started']} 开始，{run['device']}，{run['dtype']}，torch {run['versions']['torch']}\n\n| 项目 | 值 |\n|---|---|",
         *(f"| {name} | {value} |" for name, value in [*summary.items(), *run["args"].items()]), ""]), encoding="utf-8")
     say("\n".join(f"{name}：{value}" for name, value in summary.items()) + f"\n训练完成，报告在 {folder / 'training_report.md'}")
     print(folder / "final_model")
