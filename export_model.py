@@ -24,6 +24,8 @@ PRE_TOKENIZERS = {WORDS % "{1,3}": "llama-bpe", WORDS % "": "qwen2", "digits wor
 # relative error of the logits allowed after merging; llama.cpp's number of a file type, and relative error of a tensor allowed when read back
 MERGED = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05}
 GGUF = {"f32": (0, 0), "f16": (1, 1e-3), "bf16": (32, 4e-3), "q8_0": (7, 0.02), "q5_0": (8, 0.1), "q4_0": (2, 0.2)}
+K_QUANTS = {"q4_k_m": (15, 0.15), "q5_k_m": (17, 0.1), "q6_k": (18, 0.1)}  # made by libgguf
+INSTEAD = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}  # for rows that are no multiple of 256, as in llama.cpp
 # what every form of the model is asked, and the longest answer in tokens
 PROMPTS = ("试用期最长多久？", "房东不退押金怎么办？", "借钱不还，没有借条，怎么起诉？", "公司 3 个月没发工资了", "用一句话解释“违约金”。", "离婚时房子怎么分？", "List  three:\n1.", "１２３ 🚀 1+1=？")
 STEPS = 16
@@ -136,6 +138,10 @@ def model_tensors(folder: Path, config, kind: str) -> list[tuple]:
             (new, reorder), shape = gguf_weight(config, name), tuple(weights.get_slice(name).get_shape())
             # vectors stay exact, the head gets more bits, and a block of the small types is 32 numbers of a row
             best = "f32" if len(shape) == 1 else "q8_0" if new == head and kind in ("q4_0", "q5_0") else kind
+            if kind in K_QUANTS and len(shape) > 1:  # of the _m kinds llama.cpp gives the head, and the values and down projections of some layers, 6 bits
+                i, n = int((re.findall(r"blk\.(\d+)\.(?:attn_v|ffn_down)", new) or [-1])[0]), config.num_hidden_layers
+                best = "q6_k" if new == head or i >= 0 and (i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2) else kind.removesuffix("_m")
+                best = INSTEAD[best] if shape[-1] % 256 else best
             best = "f16" if best.startswith("q") and shape[-1] % 32 else best
             tensors.append((new, lambda weights=weights, name=name, reorder=reorder: reorder(weights.get_tensor(name).float().numpy()),
                             GGMLQuantizationType[best.upper()], shape))
@@ -172,7 +178,7 @@ def write_gguf(path: Path, config, header: dict, tensors: list[tuple]) -> float:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for _, load, kind, _ in tensors:
-        writer.write_tensor_data(gguf.quants.quantize(load(), kind))
+        writer.write_tensor_data(importlib.import_module("libgguf").quantize_rows(load(), int(kind)) if kind.name.endswith("_K") else gguf.quants.quantize(load(), kind))
     writer.close()
     pairs = ((load(), gguf.quants.dequantize(found.data, found.tensor_type)) for (_, load, *_), found in zip(tensors, gguf.GGUFReader(path).tensors, strict=True))
     return max(float(norm(found - wanted) / max(norm(wanted), 1e-30)) for wanted, found in pairs)
@@ -211,12 +217,14 @@ def main() -> None:
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--output_dir", help="写到这个新目录；默认是 LoRA 旁边的 export/")
     add("--use_original_model", action="store_true", help="只用基础模型，不加 LoRA")
-    either("--gguf", nargs="+", choices=GGUF, help="GGUF 的精度，可以写几个，默认 q8_0；q4_K_M 由 ollama create 名字 -q q4_K_M 做")
+    either("--gguf", nargs="+", choices=(*GGUF, *K_QUANTS), help="GGUF 的精度，可以写几个，默认 q8_0")
     either("--merge_only", action="store_true", help="只写合并后的模型，不写 GGUF")
     either("--adapter_gguf", action="store_true", help="不合并，只把 LoRA 写成 GGUF")
     add("--dtype", choices=("auto", *MERGED), default="auto", help="合并后的精度；auto 和基础模型一样")
     args = parse_args(parser)
     kinds = [] if args.merge_only or args.adapter_gguf else args.gguf or ["q8_0"]
+    if set(kinds) & set(K_QUANTS) and not importlib.util.find_spec("libgguf"):
+        fail(2, "k 量化要先装 libgguf：pip install libgguf==0.2.2。不装也行：写 --gguf f16，再在那个目录里 ollama create 名字 -q q4_K_M")
     adapter = find_adapter(args.lora_weights and args.lora_weights[0]) if args.adapter_gguf or not args.use_original_model else None
     base = find_model(args.base_model or adapter and json.loads(Path(adapter, "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"])
     output = Path(args.output_dir or (Path(adapter).parent / "export" if adapter else f"output/export-{Path(base).name}"))
@@ -264,7 +272,7 @@ def main() -> None:
             check("model.safetensors", error <= MERGED[dtype], f"{dtype}；和合并前比，logits 最大差 {(merged - logits).abs().max():.1e}，"
                   f"相对误差 {error:.1e}（要求 ≤ {MERGED[dtype]:g}），{same}/{len(prompts)} 个回答相同")
         for kind in kinds:
-            path, (file_type, allowed) = staging / f"model-{kind}.gguf", GGUF[kind]
+            path, (file_type, allowed) = staging / f"model-{kind}.gguf", (GGUF | K_QUANTS)[kind]
             error = write_gguf(path, config, header | {"file_type": file_type}, model_tensors(staging, config, kind))
             check(path.name, error <= allowed, f"{path.stat().st_size / 1e6:.1f} MB；读回的相对误差 {error:.1e}（要求 ≤ {allowed:g}）")
             if importlib.util.find_spec("xllamacpp"):

@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import statistics
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -43,12 +44,12 @@ def tokenizer_of(kind):
     return tokenizer
 
 
-def tiny_model(kind, folder, layers=2):
+def tiny_model(kind, folder, layers=2, **options):
     """A tiny random model of the family `kind` with its tokenizer, at `folder`: llama3 rope, GQA, biases, q/k norms, tied and untied between them."""
     tokenizer = tokenizer_of(kind)
     small = {"vocab_size": len(tokenizer) + 3, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers, "num_attention_heads": 4,
              "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.12, "bos_token_id": tokenizer.bos_token_id,
-             "eos_token_id": tokenizer.eos_token_id}
+             "eos_token_id": tokenizer.eos_token_id, **options}
     llama3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
               "original_max_position_embeddings": 64}
     config = {"llama": lambda: t.LlamaConfig(**small, rope_parameters=llama3, tie_word_embeddings=True),
@@ -260,6 +261,29 @@ def test_small_types_are_smaller_and_close_to_the_model(llama):
     assert sizes["f32"] > sizes["f16"] == sizes["bf16"] > sizes["q8_0"] > sizes["q5_0"] > sizes["q4_0"]
 
 
+def test_k_quants_have_llama_cpps_layout_and_it_answers_from_them(tmp_path, capsys):
+    wide = tiny_model("llama", tmp_path / "base", layers=8, hidden_size=256, intermediate_size=512)
+    call("export_model.py", "--base_model", wide, "--use_original_model", "--gguf", "q4_k_m", "q5_k_m", "q6_k", "--output_dir", tmp_path / "out")
+    assert capsys.readouterr().out.count("llama.cpp：8/8 个提示词切得一样") == 3  # it has read the file, and answered
+    for kind, number in (("q4_k_m", 15), ("q5_k_m", 17), ("q6_k", 18)):
+        reader = gguf.GGUFReader(tmp_path / "out" / f"model-{kind}.gguf")
+        types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+        assert reader.get_field("general.file_type").contents() == number and types["token_embd.weight"] == "Q6_K" and types["output_norm.weight"] == "F32"
+        few = kind.removesuffix("_m").upper()
+        assert [types[f"blk.{i}.ffn_down.weight"] for i in range(8)] == ["Q6_K" if i in (0, 3, 6, 7) else few for i in range(8)]
+        assert all(types[f"blk.{i}.attn_v.weight"] == types[f"blk.{i}.ffn_down.weight"] and types[f"blk.{i}.ffn_up.weight"] == few for i in range(8))
+    narrow = tiny_model("qwen2", tmp_path / "narrow")  # 64 wide, so the blocks of 32 take over
+    types = {name: kind.name for name, _, kind, _ in export_model.model_tensors(Path(narrow), t.AutoConfig.from_pretrained(narrow), "q4_k_m")}
+    assert {types[f"blk.0.{name}.weight"] for name in ("attn_q", "ffn_up")} == {"Q5_0"} and types["output.weight"] == "Q8_0"
+
+
+def test_without_libgguf_k_quants_are_refused_with_the_commands_that_make_them(llama, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "libgguf", None)
+    call("export_model.py", "--base_model", llama[0], "--lora_weights", llama[1], "--gguf", "q4_k_m", "--output_dir", tmp_path / "x", code=2)
+    said = capsys.readouterr().err
+    assert "pip install libgguf" in said and "ollama create 名字 -q q4_K_M" in said and not list(tmp_path.iterdir())
+
+
 def test_rows_that_are_no_multiple_of_a_block_stay_in_half_precision(tmp_path):
     base = make_model(tmp_path / "base", "qwen3")  # the output of its attention is 96 wide
     config = t.AutoConfig.from_pretrained(base)
@@ -379,7 +403,7 @@ def test_ctrl_c_leaves_nothing_and_a_killed_export_no_final_name(llama, tmp_path
 
 
 def test_nothing_is_overwritten_and_slips_exit_2(llama, tmp_path, capsys):
-    for words, args in (("已经存在", ["--output_dir", llama[2]]), ("--gguf", ["--gguf", "q4_k_m"]), ("SYSTEM", ["--system", 'a """ b']), ("SYSTEM", ["--system", "a\u3000b"]),
+    for words, args in (("已经存在", ["--output_dir", llama[2]]), ("--gguf", ["--gguf", "q4_k_x"]), ("SYSTEM", ["--system", 'a """ b']), ("SYSTEM", ["--system", "a\u3000b"]),
                         ("--merge_only", ["--gguf", "f16", "--merge_only"])):
         call("export_model.py", "--base_model", llama[0], "--lora_weights", llama[1], *(args if "--output_dir" in args else ["--output_dir", tmp_path / "x", *args]), code=2)
         assert words in capsys.readouterr().err
