@@ -142,21 +142,22 @@ def load_model(base_model: str | None = None, lora_weights: str | None = None, d
 
 # ---- 3. Answering ----
 
-def roomy_cache(model, length: int):
-    """An empty key-value cache with room for `length` tokens: the library's own copies all earlier keys and values for every new token, 37 %
-    of the time of a batch on a CPU. Layers of another kind (a sliding window) stay the library's."""
+def roomy_cache(model):
+    """An empty key-value cache with room for 256 more tokens at a time: the library's own copies all earlier keys and values for every new token,
+    37 % of the time of a batch on a CPU. Layers of another kind (a sliding window) stay the library's."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
     class RoomyLayer(DynamicLayer):
         def update(self, *states, **kwargs):
             start, end = self.get_seq_length(), self.get_seq_length() + states[0].shape[-2]
-            if start == 0:
-                self.rooms = [x.new_empty(*x.shape[:-2], length, x.shape[-1]) for x in states[:2]]
+            if start == 0 or end > self.rooms[0].shape[-2]:
+                self.rooms = [x.new_empty(*x.shape[:-2], end + 256, x.shape[-1]) for x in states[:2]]
+                for room, x in zip(self.rooms, (self.keys, self.values) if start else ()):
+                    room[..., :start, :] = x
                 self.dtype, self.device, self.is_initialized = states[0].dtype, states[0].device, True
             for room, x in zip(self.rooms, states):
                 room[..., start:end, :] = x
             self.keys, self.values = (room[..., :end, :] for room in self.rooms)
             return self.keys, self.values
-
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
@@ -188,7 +189,7 @@ def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: 
         began = time.perf_counter()
         with torch.inference_mode():
             output = model.generate(input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=min(max_new_tokens, window - width), eos_token_id=ends,
-                                    past_key_values=roomy_cache(model, width + max_new_tokens), pad_token_id=tokenizer.pad_token_id, repetition_penalty=repetition_penalty, streamer=streamer, **sampling)
+                                    past_key_values=roomy_cache(model), pad_token_id=tokenizer.pad_token_id, repetition_penalty=repetition_penalty, streamer=streamer, **sampling)
         seconds = (time.perf_counter() - began) / len(rows)
         for i, ids in zip(rows, output[:, width:].tolist()):
             end = next((k for k, token in enumerate(ids) if token in ends), None)

@@ -57,15 +57,15 @@ def test_the_roomy_cache_gives_the_librarys_tokens(architecture, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / architecture, architecture)).eval()
     ids = torch.randint(5, 60, (3, 9), generator=torch.Generator().manual_seed(1))
-    options = {"input_ids": ids, "attention_mask": torch.ones_like(ids).index_fill_(1, torch.tensor([0, 1]), 0), "max_new_tokens": 20, "min_new_tokens": 20,
+    options = {"input_ids": ids, "attention_mask": torch.ones_like(ids).index_fill_(1, torch.tensor([0, 1]), 0), "max_new_tokens": 300, "min_new_tokens": 300,
                "do_sample": False, "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
-    cache = roomy_cache(model, 29)
+    cache = roomy_cache(model)
     ours, theirs = model.generate(**options, past_key_values=cache), model.generate(**options)
     assert torch.equal(ours.sequences, theirs.sequences)
     assert torch.allclose(torch.stack(ours.logits), torch.stack(theirs.logits), atol=1e-5)
     assert all(hasattr(layer, "rooms") == (architecture != "mistral") for layer in cache.layers)  # a window of 8 tokens slides: the library's own layers
-    if architecture != "mistral":  # nothing was copied: the keys lie in the room that the first token opened
-        assert cache.layers[0].keys.data_ptr() == cache.layers[0].rooms[0].data_ptr() and cache.layers[0].rooms[0].shape[-2] == 29
+    if architecture != "mistral":  # 9 tokens of prompt and 256 more filled the first room, and the keys lie in the second one, not in a copy of it
+        assert cache.layers[0].keys.data_ptr() == cache.layers[0].rooms[0].data_ptr() and cache.layers[0].rooms[0].shape[-2] == 9 + 256 + 1 + 256
 
 
 def test_the_same_seed_draws_the_same_answer_in_a_batch_and_alone(loaded):
