@@ -23,7 +23,7 @@ import time
 import unicodedata
 from pathlib import Path
 
-from common import fail, load_rows, parse_args, run_script, visible
+from common import fail, load_rows, parse_args, run_script, say, visible
 from inference import conversation, find_adapter, generate, generation_options, load_adapter, load_model, make_inference_parser, read_questions, run_record
 
 VERDICTS = {"better": "更好", "worse": "更差", "higher": "更高", "lower": "更低", "no difference shown": "看不出差别"}
@@ -263,6 +263,8 @@ def main() -> None:
                 model.merge_adapter([name])  # folded into the weights, a layer is one product instead of three
             with contextlib.nullcontext() if name else model.disable_adapter():
                 answers.append(generate(model, tokenizer, asked, **generation_options(args), progress=lambda n: bar.update(len(answers) * len(rows) + n - bar.n)))
+                if bar.disable:  # a log shows no bar, and minutes without a word look like a hang
+                    say(f"{'微调' if name else '原始'}模型答完了 {len(rows)} 个问题")
                 if asked != talks:
                     from evaluate_model import answer_loss
                     for answer, talk in zip(answers[-1], talks):

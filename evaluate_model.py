@@ -262,6 +262,8 @@ def main() -> None:
                     done[m, i] = {"model": m, "row": i, **answer}
             print(*(json.dumps(done[m, i]) for i in batch), sep="\n", file=log)
             bar.update(len(batch))
+            if bar.disable:  # a log shows no bar, and minutes without a word look like a hang
+                say(f"{names[m]}：已有 {len(done)} 个回答，共 {len(names) * len(talks)} 个")
 
     # ---- 4. Figures and files ----
     answers = [[done[m, i] for i in range(len(talks))] for m in range(len(names))]
