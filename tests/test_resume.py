@@ -106,6 +106,7 @@ def child(script, arguments, log, fault):
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.argv = [f"{script}.py", *map(str, arguments)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal: tests that run in the background of a script inherit a deaf one
     importlib.import_module("tqdm").tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
     main = importlib.import_module(script).main
     if fault:
