@@ -76,7 +76,6 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
                 return value
         limits = f"{'大于' if above else '不小于'} {low:g}" + (f"、不大于 {high:g}" if high < math.inf else "")
         raise argparse.ArgumentTypeError(f"“{text}”不行，应为{limits}的{'整数' if kind is int else '数'}")
-
     return parse
 
 def nearest(name: str, names) -> str:
@@ -93,7 +92,6 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
         for english, chinese in words.items():
             message = message.replace(english, chinese)
         fail(2, f"{message}\n全部参数：python {Path(sys.argv[0]).name} --help")
-
     parser.error = error
     add = parser.add_argument_group("通用").add_argument
     add("--help", "-h", action="help", help="显示这份说明")
@@ -109,8 +107,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     for word in sys.argv[1:] if argv is None else argv:
         name, equals, value = word.partition("=")
         typed.append(flags.get(name.replace("-", "_"), name) + equals + value)
-    config = parser.parse_known_args(typed)[0].config
-    if config:
+    if config := parser.parse_known_args(typed)[0].config:
         import yaml
         try:
             entries = yaml.safe_load(Path(config).read_text(encoding="utf-8-sig"))
@@ -247,7 +244,6 @@ def make_row(cells: dict) -> dict:
         if isinstance(value, (list, dict, bytes)) or re.search("[\0\ud800-\udfff]", str(value)):
             raise ValueError(f"应该是文字，得到 {visible(str(value))[:60]}")
         return "" if value is None or isinstance(value, float) and math.isnan(value) else str(value).strip()
-
     if "text" in cells:
         return {"text": text(cells["text"])} if text(cells["text"]) else {}
     cells = {f: json.loads(cell) if f in ("messages", "history") and isinstance(cell, str) and cell else cell for f, cell in cells.items()}
@@ -317,24 +313,22 @@ def control_tokens(tokenizer) -> tuple[frozenset, re.Pattern]:
 
 def text_ids(tokenizer, text: str, first: bool = False) -> list[int]:
     """Ids of a piece of text that stands inside a longer one (`first`: at its start), with no BOS added. SentencePiece tokenizers put a
-    space before whatever they are given; a newline in front, cut off again, keeps it away."""
-    ids, newline, joined = tokenizer([text, "\n", "\n" + text], add_special_tokens=False).input_ids
-    adds_space = joined != newline + ids and joined[:len(newline)] == newline
-    return joined[len(newline):] if adds_space and not first else ids
+    space before whatever they are given; a character that no word has in front, cut off again, keeps it away."""
+    ids, mark, joined = tokenizer([text, "\ue000", "\ue000" + text], add_special_tokens=False).input_ids
+    adds_space = ids and tokenizer.convert_ids_to_tokens(ids[0]).startswith("▁")
+    return joined[len(mark):] if adds_space and not first else ids
 
 def content_ids(tokenizer, text: str) -> list[int]:
     """Ids of what a person wrote: the text is cut after the first character of every control token typed in it, and stays ordinary text."""
     control, pattern = control_tokens(tokenizer)
     cuts = [0, *(match.start() + 1 for match in pattern.finditer(text)), len(text)]
     ids = [i for a, b in itertools.pairwise(cuts) for i in text_ids(tokenizer, text[a:b])]
-    if control.isdisjoint(ids):
-        return ids
-    return [i for char in text for i in text_ids(tokenizer, char) if i not in control]
+    return ids if control.isdisjoint(ids) else [i for char in text for i in text_ids(tokenizer, char) if i not in control]
 
 @functools.lru_cache(maxsize=256)
-def template_parts(tokenizer, template: str, roles: tuple[str, ...], prompt: bool) -> list:
-    """The chat template's own text as lists of ids, with the number of a message where its content goes. It is rendered once per sequence
-    of roles, with marks for the contents, so that no content ever passes through it."""
+def template_parts(tokenizer, template: str, roles: tuple[str, ...], prompt: bool) -> tuple[list, list[str]]:
+    """(the chat template's own text as lists of ids, with the number of a message where its content goes; for each message the space before it
+    that is one token with its first word). Rendered once per sequence of roles, with marks, so that no content ever passes through the template."""
     marks = [f"\ue000{i}\ue001" for i in range(len(roles))]
     try:
         dated = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda match: repr(TEMPLATE_DATE.strftime(match[2])), template)
@@ -345,7 +339,11 @@ def template_parts(tokenizer, template: str, roles: tuple[str, ...], prompt: boo
     pieces = re.split("\ue000(\\d+)\ue001", text)
     if lost := [role for i, role in enumerate(roles) if str(i) not in pieces[1::2]]:
         fail(4, f"模型的对话模板丢掉了 {lost[0]} 的内容，这样的对话不能用来训练")
-    return [int(piece) if n % 2 else text_ids(tokenizer, piece, first=n == 0) for n, piece in enumerate(pieces)]
+    spaces = [""] * len(roles)
+    for n, i in enumerate(map(int, pieces[1::2])):  # not before an answer: the prompt ends there, with its space
+        if pieces[2 * n].endswith(" ") and roles[i] != "assistant":
+            pieces[2 * n], spaces[i] = pieces[2 * n][:-1], " "
+    return [int(piece) if n % 2 else text_ids(tokenizer, piece, first=n == 0) for n, piece in enumerate(pieces)], spaces
 
 def encode(tokenizer, messages: list[dict], max_length: int | None = None) -> tuple[list[int], list[int]]:
     """(input_ids, labels) of a conversation; labels are -100 but for the assistant's answers and their end tokens.
@@ -354,15 +352,15 @@ def encode(tokenizer, messages: list[dict], max_length: int | None = None) -> tu
     prompt), then the answer, which then has no end token."""
     roles = tuple(m["role"] for m in messages)
     answered = roles[-1] == "assistant"
-    parts = list(template_parts(tokenizer, tokenizer.chat_template, roles[:-1] if answered else roles, True))
+    parts, spaces = template_parts(tokenizer, tokenizer.chat_template, roles[:-1] if answered else roles, True)
     if answered:
-        whole = template_parts(tokenizer, tokenizer.chat_template, roles, False)
-        parts += whole[whole.index(len(roles) - 1):]
+        whole, _ = template_parts(tokenizer, tokenizer.chat_template, roles, False)
+        parts, spaces = parts + whole[whole.index(len(roles) - 1):], [*spaces, ""]
     control, _ = control_tokens(tokenizer)
     pieces = []  # [ids, learned, may be cut]
     for n, part in enumerate(parts):
         if isinstance(part, int):
-            pieces.append([content_ids(tokenizer, messages[part]["content"]), roles[part] == "assistant", roles[part] == "user"])
+            pieces.append([content_ids(tokenizer, spaces[part] + messages[part]["content"]), roles[part] == "assistant", roles[part] == "user"])
             continue
         after_answer = n > 0 and roles[parts[n - 1]] == "assistant"
         end = next((k + 1 for k, i in enumerate(part) if i in control), 0) if after_answer else 0
@@ -384,11 +382,9 @@ def encode(tokenizer, messages: list[dict], max_length: int | None = None) -> tu
 
 def end_token_ids(model, tokenizer) -> list[int]:
     """Every id that ends an answer: the model's, the tokenizer's, and the one that the template puts after an answer."""
-    ends = {tokenizer.eos_token_id, encode(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}])[0][-1]}
-    for config in (model.generation_config, model.config):
-        listed = getattr(config, "eos_token_id", None)
-        ends |= set(listed if isinstance(listed, list) else [listed])
-    return sorted(ends - {None})
+    template_end = encode(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}])[0][-1]
+    listed = [getattr(config, "eos_token_id", None) for config in (model.generation_config, model.config)]
+    return sorted({tokenizer.eos_token_id, template_end, *(i for ids in listed for i in (ids if isinstance(ids, list) else [ids]))} - {None})
 
 # ---- 5. Loading ----
 
@@ -428,10 +424,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
     except Exception as error:  # noqa: BLE001 - broken files raise a dozen unrelated types
         fail(4, f"{path} 里的 tokenizer 读不出来：{str(error).splitlines()[0][:200]}")
     if not tokenizer.chat_template:
-        starts_with_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = ("{{ bos_token }}" if starts_with_bos else "") + PLAIN_TEMPLATE
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side = "left"
+        tokenizer.chat_template = "{{ bos_token }}" * (tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]) + PLAIN_TEMPLATE
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "left"
     return tokenizer
 
 def load_base(path: str, device: str, dtype, quantization: str = "none", trust_remote_code: bool = False):
@@ -447,7 +441,6 @@ def load_base(path: str, device: str, dtype, quantization: str = "none", trust_r
     texts = "".join(p.read_text(encoding="utf-8") for p in Path(path).glob("*.json") if p.name in ("config.json", "model.safetensors.index.json"))
     if (key := re.search(r'"(auto_map|_attn_implementation_internal|(?:/|\w:|[^"]*(?:\.\.|\\))[^"]*\.safetensors)"', texts)) and not trust_remote_code:
         fail(4, f"{path} 里的 {visible(key[1])} 会运行模型自带的代码，或指向目录以外，没有加载。换一个模型；信任它就加 --trust_remote_code")
-    broken = path
     try:
         for broken in sorted(Path(path).glob("*.safetensors")):  # the libraries do not say which file is cut short, or a pointer to it
             safe_open(broken, "pt")
@@ -469,8 +462,7 @@ def fingerprint(path: str) -> str:
     """sha256 over the name, the size and 64 sampled blocks of each weight file in `path`: a moment for 6 GB, not minutes."""
     digest = hashlib.sha256()
     for file in sorted(Path(path).glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
+        digest.update(f"{file.name} {(size := file.stat().st_size)}".encode())
         with open(file, "rb") as handle:
             for block in range(64):
                 handle.seek(size * block // 64)

@@ -138,7 +138,7 @@ def test_a_template_that_drops_the_system_prompt_is_refused(capsys):
 
 @pytest.mark.parametrize("kind", [*KINDS, "demo"])
 def test_nearly_all_legal_rows_get_the_templates_own_ids(kind, demo):
-    """Template and content are tokenised apart: what could differ is a merge over the seam, as of the space in "[INST] " with a first word."""
+    """Template and content are tokenised apart: what could differ is a merge over the seam."""
     from common import load_tokenizer
 
     tokenizer = load_tokenizer(demo) if kind == "demo" else make_tokenizer(kind)
@@ -149,7 +149,7 @@ def test_nearly_all_legal_rows_get_the_templates_own_ids(kind, demo):
     for row in rows:
         messages = row["messages"][:-1]
         same += encode(tokenizer, messages)[0] == tokenizer(rendered(tokenizer, messages, True), add_special_tokens=False).input_ids
-    assert same >= (0.98 if kind == "sentencepiece" else 0.99) * len(rows), f"{same} of {len(rows)}"
+    assert same >= 0.99 * len(rows), f"{same} of {len(rows)}"
 
 
 @pytest.mark.parametrize("place", ["{}你好", "你{}好", "你好{}"])
