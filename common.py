@@ -156,8 +156,7 @@ def read_table(path: str, encoding: str | None = None, known: frozenset = frozen
     """(line, record) of each row of a CSV, TSV, JSON, JSONL, XLSX or Parquet file, whatever its name; (line, sentence) of a bad row.
     No cell moves, no text changes. `known` names of columns tell the delimiter. Exit 3 where the whole file is broken."""
     if not os.path.isfile(path):
-        hub = f"。先下载和整理：python prepare_data.py --input {path}" if path[:3] in ("hf:", "ms:") else ""
-        fail(3, f"{path} 不是普通文件" if os.path.exists(path) else f"没有数据文件 {path}{hub or nearest(path, (str(p) for p in Path(path).parent.glob('*') if p.suffix in SUFFIXES))}")
+        fail(3, f"{path} 不是普通文件" if os.path.exists(path) else f"没有数据文件 {path}{nearest(path, (str(p) for p in Path(path).parent.glob('*') if p.suffix in SUFFIXES))}")
     with open(path, "rb") as file:
         start = file.read(1000)
     if kind := next((kind for magic, kind in FOREIGN.items() if re.match(magic, start)), None):
@@ -289,17 +288,24 @@ def stream_rows(path: str, encoding: str | None = None, columns: str | None = No
 def load_rows(paths: str | list[str], encoding: str | None = None, columns: str | None = None, skip_bad_rows: bool = False, seed: int = 42):
     """(rows, a sentence for each one dropped) of files or folders; exit 3 where there is no row, or a bad one without `skip_bad_rows`.
     A row is {"messages": [{"role", "content"}, …], "where": "file:line"}, or {"text": …, "where": …} for text learned whole.
-    `path:200` takes that many rows at random, `path:0.5` that share of them (2.0: each twice)."""
+    `path:200` takes that many rows at random, `path:0.5` that share of them (2.0: each twice); hf:ORG/NAME and ms:ORG/NAME are downloaded."""
     rows, dropped = [], []
     for path in [paths] if isinstance(paths, str) else paths:
         name, amount = (path, None) if os.path.exists(path) else re.fullmatch(r"(.*?)(?::(\d+(?:\.\d+)?))?", path).groups()
-        found = list(stream_rows(name, encoding, columns, skip_bad_rows))
+        files = [name]
+        if name[:3] in ("hf:", "ms:"):  # nothing else goes to the network
+            from prepare_data import fetch
+            files = fetch(name)
+        found = [row for file in files for row in stream_rows(file, encoding, columns, skip_bad_rows)]
         dropped += [row for row in found if isinstance(row, str)]
         found = [row for row in found if isinstance(row, dict)] or fail(3, f"{name} 里没有可以学的行。{''.join(dropped[:1])}")
         if amount:
             n = round(float(amount) * (len(found) if "." in amount else 1))
             found = found * (n // len(found)) + random.Random(f"{seed} {name}").sample(found, n % len(found))
         rows += found
+    odd = [row["where"] for row in rows if re.search("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]", row.get("text") or "".join(m["content"] for m in row["messages"]))]
+    if odd:
+        say(f"警告：{len(odd)} 行里有乱码（�）或控制字符，会照样学：{'、'.join(odd[:5])}{' 等' if odd[5:] else ''}")
     return rows, dropped
 
 # ---- 4. Encoding: the same for training, chatting, comparing and evaluating ----
@@ -482,10 +488,12 @@ def run_script(main) -> None:
         sys.exit(130)
     except BrokenPipeError:  # | head: what was asked for has been printed
         os._exit(141)
+    except ModuleNotFoundError as error:
+        fail(2, f"缺少 {error.name}。项目自己的：把 {error.name}.py 放在脚本旁边；别的：{sys.executable} -m pip install {error.name}")
     except Exception as error:  # on a full disk safetensors and tokenizers raise types of their own
         if isinstance(error, OSError) and error.filename:
             fail(6, f"不能读写 {error.filename}：{error.strerror}。已完成的 checkpoint 没有受影响")
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(r"No space left|os error (27|28|122)\b", str(error)):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(r"No space left|os error (27|28|122)\b|requested and \d+ written", str(error)):
             fail(6, "磁盘满了。腾出空间后再运行同样的命令；已完成的 checkpoint 没有受影响")
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             fail(6, "内存不够。--batch_size 减半、--gradient_accumulation_steps 加倍（结果一样），或减小 --max_length，或加 --gradient_checkpointing")

@@ -214,3 +214,6 @@ def test_a_data_set_of_a_hub_is_downloaded_only_when_named_so(tmp_path, monkeypa
             fetch(name)
         assert stop.value.code == code
         assert name in capsys.readouterr().err
+    (tmp_path / "data" / "train-00000.parquet").write_text("instruction,output\n问,答\n又问,又答\n", encoding="utf-8")
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(snapshot_download=lambda name, **options: str(tmp_path)))
+    assert len(load_rows(f"{hub}:ORG/NAME:train")[0]) == 2 and len(load_rows(f"{hub}:ORG/NAME:1")[0]) == 1

@@ -50,6 +50,14 @@ def test_words_and_numbers_stay_as_they_were(tmp_path):
     assert pairs(load_rows(write_csv(tmp_path / "t.csv", rows))[0]) == rows
 
 
+def test_garbled_and_control_characters_are_learned_and_said(tmp_path, capsys):
+    pairs = [("好的", "行"), ("坏的\ufffd", "行"), ("响铃", "a\x07b"), ("制表\t换行", "a\nb"), ("整段", "\x1b[31m红")]
+    rows, dropped = load_rows(write_csv(tmp_path / "a.csv", pairs))
+    assert [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows] == pairs and not dropped
+    said = capsys.readouterr().err
+    assert "3 行" in said and all(f"a.csv:{line}" in said for line in (3, 4, 7)) and "a.csv:5" not in said
+
+
 def test_lines_are_counted_in_the_file_not_in_records(tmp_path, capsys):
     path = tmp_path / "t.csv"
     path.write_text('instruction,output\n"问\n一",答一\n问二,答二,多\n', encoding="utf-8")
