@@ -136,16 +136,20 @@ def model_tensors(folder: Path, config, kind: str) -> list[tuple]:
     for file in sorted(folder.glob("*.safetensors")):
         for name in (weights := safe_open(file, "pt")).keys():  # noqa: SIM118 - not a dict
             (new, reorder), shape = gguf_weight(config, name), tuple(weights.get_slice(name).get_shape())
-            # vectors stay exact, the head gets more bits, and a block of the small types is 32 numbers of a row
-            best = "f32" if len(shape) == 1 else "q8_0" if new == head and kind in ("q4_0", "q5_0") else kind
-            if kind in K_QUANTS and len(shape) > 1:  # of the _m kinds llama.cpp gives the head, and the values and down projections of some layers, 6 bits
-                i, n = int((re.findall(r"blk\.(\d+)\.(?:attn_v|ffn_down)", new) or [-1])[0]), config.num_hidden_layers
-                best = "q6_k" if new == head or i >= 0 and (i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2) else kind.removesuffix("_m")
-                best = INSTEAD[best] if shape[-1] % 256 else best
-            best = "f16" if best.startswith("q") and shape[-1] % 32 else best
             tensors.append((new, lambda weights=weights, name=name, reorder=reorder: reorder(weights.get_tensor(name).float().numpy()),
-                            GGMLQuantizationType[best.upper()], shape))
+                            GGMLQuantizationType[tensor_type(new, shape, kind, new == head, config.num_hidden_layers).upper()], shape))
     return tensors
+
+def tensor_type(name: str, shape: tuple, kind: str, is_head: bool, n: int) -> str:
+    """The type of a tensor in a file of type `kind`, for a model of `n` layers: vectors stay exact, and the head gets more bits."""
+    if len(shape) == 1:
+        return "f32"
+    best = "q8_0" if is_head and kind in ("q4_0", "q5_0") else kind
+    if kind in K_QUANTS:  # of the _m kinds llama.cpp gives the head, and the values and down projections of some layers, 6 bits
+        i = int((re.findall(r"blk\.(\d+)\.(?:attn_v|ffn_down)", name) or [-1])[0])
+        best = "q6_k" if is_head or i >= 0 and (i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2) else kind.removesuffix("_m")
+        best = INSTEAD[best] if shape[-1] % 256 else best
+    return "f16" if best.startswith("q") and shape[-1] % 32 else best  # a block is 32 numbers of a row
 
 def adapter_parts(adapter: str, config) -> tuple[dict, list[tuple]]:
     """Header and tensors of a LoRA; exit 4 for one that llama.cpp cannot express: other weights than A and B, or another scale in some layers."""
@@ -178,7 +182,8 @@ def write_gguf(path: Path, config, header: dict, tensors: list[tuple]) -> float:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for _, load, kind, _ in tensors:
-        writer.write_tensor_data(importlib.import_module("libgguf").quantize_rows(load(), int(kind)) if kind.name.endswith("_K") else gguf.quants.quantize(load(), kind))
+        is_k = kind.name.endswith("_K")
+        writer.write_tensor_data(importlib.import_module("libgguf").quantize_rows(load(), int(kind)) if is_k else gguf.quants.quantize(load(), kind))
     writer.close()
     pairs = ((load(), gguf.quants.dequantize(found.data, found.tensor_type)) for (_, load, *_), found in zip(tensors, gguf.GGUFReader(path).tensors, strict=True))
     return max(float(norm(found - wanted) / max(norm(wanted), 1e-30)) for wanted, found in pairs)
@@ -237,13 +242,13 @@ def main() -> None:
 
     # ---- 4.1 The trained model: what it answers, every file must answer ----
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoConfig
-    tokenizer = load_tokenizer(adapter if adapter and Path(adapter, "tokenizer_config.json").is_file() else base)
+    trusted = args.trust_remote_code
+    tokenizer = load_tokenizer(adapter if adapter and Path(adapter, "tokenizer_config.json").is_file() else base, trusted)
     quantization = args.quantization if args.quantization != "none" else trained.get("quantization", "none")
-    model = load_base(base, *pick_device(args.device), quantization)
+    model = load_base(base, *pick_device(args.device), quantization, trusted)
     model = model.dequantize() if quantization != "none" else model
-    config, dtype = model.config, args.dtype if args.dtype != "auto" else str(AutoConfig.from_pretrained(base).dtype or torch.float32).removeprefix("torch.")
+    config, dtype = model.config, args.dtype if args.dtype != "auto" else str(AutoConfig.from_pretrained(base, trust_remote_code=trusted).dtype or torch.float32).removeprefix("torch.")
     header = gguf_header(config, tokenizer) if kinds or args.adapter_gguf else {}
     parts = adapter_parts(adapter, config) if args.adapter_gguf else ()
     model = load_adapter(model, tokenizer, adapter, force=args.force) if adapter else model
@@ -267,7 +272,7 @@ def main() -> None:
         else:
             save_merged(model.merge_and_unload() if adapter else model, tokenizer, getattr(torch, dtype), staging)
             del model
-            found, merged = ask(load_base(str(staging), *pick_device(args.device)), prompts, ends)
+            found, merged = ask(load_base(str(staging), *pick_device(args.device), trust_remote_code=trusted), prompts, ends)
             error, same = float((merged - logits).norm() / logits.norm()), sum(a == b for a, b in zip(answers, found))
             check("model.safetensors", error <= MERGED[dtype], f"{dtype}；和合并前比，logits 最大差 {(merged - logits).abs().max():.1e}，"
                   f"相对误差 {error:.1e}（要求 ≤ {MERGED[dtype]:g}），{same}/{len(prompts)} 个回答相同")
@@ -286,8 +291,6 @@ def main() -> None:
             bos = tokenizer.bos_token if header["add_bos_token"] else ""
             (staging / "Modelfile").write_text(modelfile(f"model-{kinds[0]}.gguf", tokenizer, bos, ends, options, system), encoding="utf-8")
         staging.rename(output)
-    except (OSError, SafetensorError) as error:
-        fail(6, f"{output} 写不下去：{error}。写了一半的文件已删除，磁盘满了就腾出空间再来")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     print(output)

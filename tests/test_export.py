@@ -20,7 +20,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 import export_model
 from common import encode, load_base, load_tokenizer
-from conftest import call, make_model, make_tokenizer, train
+from conftest import call, make_model, make_tokenizer, run, train
 from export_model import PROMPTS
 from inference import conversation
 
@@ -230,6 +230,16 @@ def test_llama_cpp_cuts_renders_and_answers_like_transformers(kind, llama, tmp_p
         print("MEASURED", kind, precision, equal, max(differences), statistics.fmean(differences))
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_f16_rounds_log_probabilities_by_less_than_a_thousandth_where_weights_have_their_usual_size(kind, tmp_path):
+    base = tiny_model(kind, tmp_path / "base", initializer_range=0.02)
+    folder = export(base, random_adapter(base, tmp_path / "adapter"), tmp_path / "out", "--gguf", "f16")
+    model, tokenizer = load_base(str(folder), "cpu", torch.float32), load_tokenizer(str(folder))
+    prompts = [encode(tokenizer, conversation(question))[0] for question in PROMPTS[:3]]
+    equal, differences = compare_with_llama_cpp(model, tokenizer, LlamaCpp(folder / "model-f16.gguf"), prompts)
+    assert min(equal) >= 31 and max(differences) < 1e-3, (equal, max(differences))
+
+
 def test_every_tensor_of_the_file_is_the_tensor_of_the_model(tmp_path):
     base = tiny_model("smollm", tmp_path / "base")  # q and k with biases, of which the rows are reordered, too
     call("export_model.py", "--base_model", base, "--use_original_model", "--output_dir", tmp_path / "out", "--gguf", "f32")
@@ -375,15 +385,15 @@ def test_a_failed_check_exits_4_and_removes_every_file(llama, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("limit", [100_000, 700_000])  # in the middle of the merged model, and of a GGUF file
-def test_a_full_disk_exits_6_and_leaves_nothing(llama, tmp_path, capsys, limit):
+def test_a_full_disk_exits_6_and_leaves_nothing(llama, tmp_path, limit):
     base = tiny_model("qwen2", tmp_path / "base", layers=5)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        call("export_model.py", "--base_model", base, "--use_original_model", "--output_dir", tmp_path / "out", "--gguf", "f32", "--dtype", "float16", code=6)
+        result = run("export_model.py", "--base_model", base, "--use_original_model", "--output_dir", tmp_path / "out", "--gguf", "f32", "--dtype", "float16", code=6)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "磁盘满了" in capsys.readouterr().err
+    assert "磁盘满了" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
