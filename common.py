@@ -1,8 +1,5 @@
-"""What two or more of the scripts need: flags, rows, encoding, loading.
-
-Plain values in, plain values out. Nothing happens at import, and each function imports the heavy libraries that it uses, so that it can
-be pasted elsewhere alone. train.py needs this one file and nothing else of the project.
-"""
+"""What two or more of the scripts need: flags, rows, encoding, loading. Nothing happens at import, and each function imports the heavy
+libraries that it uses, so that it can be pasted elsewhere alone. train.py needs this one file and nothing else of the project."""
 
 import argparse
 import contextlib
@@ -19,6 +16,7 @@ import os
 import random
 import re
 import sys
+import threading
 import unicodedata
 import warnings
 from pathlib import Path
@@ -199,9 +197,8 @@ def read_table(path: str, encoding: str | None = None, known: frozenset = frozen
 
 def read_json(path: str, text: str, array: bool):
     """Like read_table, of the text of a JSON array or of JSON Lines; numbers stay as they are written."""
-    def unique(pairs: list[tuple]) -> dict:
-        return dict(pairs) if len(dict(pairs)) == len(pairs) else int("重复的键")
-    decoder = json.JSONDecoder(object_pairs_hook=unique, parse_int=str, parse_float=str, parse_constant=int)  # int() refuses NaN as well
+    decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else int("重复的键"),
+                               parse_int=str, parse_float=str, parse_constant=int)  # int() refuses NaN as well
     first, between = (r"\ufeff?\s*\[\s*", r"\s*,\s*") if array else (r"\ufeff?\s*", r"[ \t\r]*\n\s*")
     line, at = 1, 0
     while (gap := re.compile(between if at else first).match(text, at)) and gap.end() < len(text):
@@ -336,13 +333,17 @@ def template_parts(tokenizer, template: str, roles: tuple[str, ...], prompt: boo
     """(the chat template's own text as lists of ids, with the number of a message where its content goes; for each message the space before it
     that is one token with its first word). Rendered once per sequence of roles, with marks, so that no content ever passes through the template."""
     marks = [f"\ue000{i}\ue001" for i in range(len(roles))]
+    watchdog = threading.Timer(10, lambda: (say(f"错误：模型的对话模板 10 秒还没有写完 {' → '.join(roles)} 这样的对话，没有用它"), os._exit(4)))
+    watchdog.start()  # a template may loop without end
     try:
         dated = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda match: repr(TEMPLATE_DATE.strftime(match[2])), template)
         text = tokenizer.apply_chat_template([{"role": role, "content": mark} for role, mark in zip(roles, marks)], chat_template=dated,
                                              tokenize=False, add_generation_prompt=prompt, enable_thinking=False)
     except Exception as error:  # noqa: BLE001 - a template is a program: it can fail in any way
         fail(4, f"模型的对话模板不接受 {' → '.join(roles)} 这样的对话：{visible(str(error))[:200]}")
-    pieces = re.split("\ue000(\\d+)\ue001", text)
+    finally:
+        watchdog.cancel()
+    pieces = re.split("\ue000(\\d+)\ue001", text[:1_000_000])
     if lost := [role for i, role in enumerate(roles) if str(i) not in pieces[1::2]]:
         fail(4, f"模型的对话模板丢掉了 {lost[0]} 的内容，这样的对话不能用来训练")
     spaces = [""] * len(roles)
@@ -362,14 +363,13 @@ def encode(tokenizer, messages: list[dict], max_length: int | None = None) -> tu
     if answered:
         whole, _ = template_parts(tokenizer, tokenizer.chat_template, roles, False)
         parts, spaces = parts + whole[whole.index(len(roles) - 1):], [*spaces, ""]
-    control, _ = control_tokens(tokenizer)
     pieces = []  # [ids, learned, may be cut]
     for n, part in enumerate(parts):
         if isinstance(part, int):
             pieces.append([content_ids(tokenizer, spaces[part] + messages[part]["content"]), roles[part] == "assistant", roles[part] == "user"])
             continue
         after_answer = n > 0 and roles[parts[n - 1]] == "assistant"
-        end = next((k + 1 for k, i in enumerate(part) if i in control), 0) if after_answer else 0
+        end = next((k + 1 for k, i in enumerate(part) if i in control_tokens(tokenizer)[0]), 0) if after_answer else 0
         if answered and n == len(parts) - 1:
             pieces.append([part[:end] or [tokenizer.eos_token_id], True, False])
         else:

@@ -111,7 +111,7 @@ def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: b
         fail(4, f"LoRA {adapter} 装不到 {base} 上：{str(error).splitlines()[0][:200]}")
     if bad := next((key for key, value in weights.items() if not torch.isfinite(value).all()), None):
         problems.append(f"权重 {bad} 里有 NaN 或无穷大")
-    if not any(value.any() for key, value in weights.items() if "lora_A" not in key):
+    if not any(value.any() for key, value in weights.items() if "lora_B" in key):
         problems.append("权重全是零，等于没有训练过")
     if different := set(weights) ^ set(get_peft_model_state_dict(model, adapter_name=name)):
         problems.append(f"权重名和模型对不上，例如 {min(different)}")

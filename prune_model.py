@@ -2,7 +2,7 @@
 
   python prune_model.py --method ffn --ratio 0.25              # FFN 变窄四分之一，存成普通的小模型
   python prune_model.py --method layers --keep_layers 24 --output_dir models/small
-  python train.py --model_name output/pruned-ffn               # 剪过的模型要再训练一下才好用
+  python train.py --model_name output/pruned-ffn               # 剪过的模型要再训练才好用；--teacher_model 原模型 = 让它也教
 
 读：基础模型（默认同 train.py）和 --calibration_data 里的问答。写：--output_dir，普通模型目录，后面的脚本都能直接用。
 --method magnitude 只把小的权重变成 0，文件不会变小，也不会变快，留着作对比。
@@ -10,8 +10,10 @@
 
 import json
 import math
+import re
 import shutil
 import time
+import timeit
 from pathlib import Path
 
 from common import encode, fail, find_model, load_base, load_rows, load_tokenizer, make_parser, number, parse_args, pick_device, run_script, say
@@ -34,12 +36,10 @@ def perplexity(model, rows: list[tuple]) -> float:
 def tokens_per_second(model, rows: list[tuple]) -> float:
     """Tokens that the model reads in a second, from each row's best time of five: other programs only make it longer."""
     import torch
-
     def seconds(ids: list[int]) -> float:
         began = time.perf_counter()
         model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1].argmax().item()  # .item() waits for the device
         return time.perf_counter() - began
-
     with torch.inference_mode():
         return sum(len(ids) for ids, _ in rows) / sum(min(seconds(ids) for _ in range(5)) for ids, _ in rows)
 
@@ -62,11 +62,9 @@ def drop_layers(model, rows: list[tuple], n_keep: int) -> list[int]:
     import torch
     layers = model.model.layers
     change = [0.0] * len(layers)
-
     def measure(i, inputs, output):
         after = output[0] if isinstance(output, tuple) else output
         change[i] += float((1 - torch.cosine_similarity(inputs[0].float(), after.float(), dim=-1)).sum())
-
     run_with_hooks(model, rows, layers, measure)
     dropped = sorted(sorted(range(len(layers)), key=change.__getitem__)[:len(layers) - n_keep])
     kept = [i for i in range(len(layers)) if i not in dropped]
@@ -85,10 +83,8 @@ def narrow_ffn(model, rows: list[tuple], n_keep: int) -> None:
     import torch
     blocks = [layer.mlp for layer in model.model.layers]
     squares = [torch.zeros(block.down_proj.in_features, device=model.device) for block in blocks]
-
     def measure(i, inputs, output):
         squares[i] += inputs[0].float().pow(2).sum((0, 1))
-
     run_with_hooks(model, rows, [block.down_proj for block in blocks], measure)
     for block, square in zip(blocks, squares):
         importance = square.sqrt() * block.down_proj.weight.float().norm(dim=0)
@@ -125,6 +121,56 @@ def zero_small_weights(model, ratio: float, scope: str) -> float:
             weight.mul_(mask)
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
 
+# ---- 4. For train.py: what a run costs, and what a teacher adds ----
+
+def estimate(args, tokens: float) -> str:
+    """About how much memory and time train.py with `args` takes for `tokens` tokens: from the weights' shapes, unloaded, and the time of a product."""
+    import torch
+    from safetensors import safe_open
+    device, dtype = pick_device(args.device, args.dtype)
+    x, shapes = torch.rand(2048, 2048, device=device, dtype=dtype), {}
+    for path in filter(None, (args.teacher_model, args.model_name)):
+        files = [safe_open(file, "pt") for file in Path(find_model(path)).glob("*.safetensors")]
+        shapes[path] = [(name, file.get_slice(name).get_shape()) for file in files for name in file.keys()]  # noqa: SIM118 - not a dict
+    sizes = [sum(math.prod(shape) for _, shape in own) for own in shapes.values()]
+    widths = sum(sum(shape) for name, shape in shapes[args.model_name] if re.search(r"(layers|h)\.\d+\..*weight$", name))
+    kept = args.batch_size * args.max_length * widths * (0.5 if args.gradient_checkpointing else 2.5)  # numbers that wait for the backward pass
+    gigabytes = (sum(sizes) * {"none": x.element_size(), "8bit": 1, "4bit": 0.6}[args.quantization] + kept * x.element_size()) / 2**30 + 0.6
+    # four products for each weight of the student and two for one of the teacher, at half of the speed of one large product
+    seconds = min(timeit.repeat(lambda: (x @ x).sum().item(), number=1, repeat=5)) * 2 * (sum(sizes) + sizes[-1]) * tokens / (2 * 2048**3) / 0.5
+    return f"{device} 上大约要 {gigabytes:.1f} GB 内存、{seconds / 3600:.1f} 小时（都可能差一倍）"
+
+def load_teacher(path: str, tokenizer, student, quantization: str, trust_remote_code: bool, kind: str, temperature: float, top_k: int) -> tuple:
+    """(the model in `path` beside `student`, a function that gives the student's distance to it in a step); exit 4 where their tokenizers differ."""
+    import torch
+    path = find_model(path)
+    if load_tokenizer(path, trust_remote_code).get_vocab() != tokenizer.get_vocab():
+        fail(4, f"老师 {path} 的 tokenizer 和学生的不同，不能逐词比较。换一个同系列的老师")
+    teacher = load_base(path, str(student.device), student.dtype, quantization, trust_remote_code).requires_grad_(False)
+    taught_head = teacher.get_output_embeddings().weight
+    def teach(hidden, head, keep, **inputs):
+        with torch.no_grad():
+            taught = teacher.base_model(**inputs).last_hidden_state[0, keep]
+        return teacher_distance(hidden, head, taught, taught_head, kind, temperature, top_k)
+    return teacher, teach
+
+def teacher_distance(hidden, head, taught, taught_head, kind: str = "forward_kl", temperature: float = 1.0, top_k: int = 0, chunk: int = 64):
+    """Sum over tokens of the divergence between the words that `head` (vocabulary, width) makes of the student's `hidden` (tokens, width) and
+    `taught_head` of the teacher's `taught`, times temperature² (https://arxiv.org/abs/1503.02531). `top_k`: on the teacher's likeliest words,
+    and one for all the rest. What is as wide as the vocabulary is made for `chunk` tokens at a time, on the way back too."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+    words = min(len(head), len(taught_head))  # two sizes of a family may be padded differently
+    def part(hidden, taught):
+        s, t = (((x @ weight.T)[:, :words].float() / temperature).log_softmax(1) for x, weight in ((hidden, head), (taught, taught_head)))
+        if 0 < top_k < words:
+            t, best = t.topk(top_k)
+            s, t = (torch.cat((x, torch.log1p(-x.exp().sum(1, keepdim=True).clamp(max=1 - 1e-6))), 1) for x in (s.gather(1, best), t))
+        middle = torch.logaddexp(s, t) - math.log(2)
+        return {"forward_kl": lambda: t.exp() * (t - s), "reverse_kl": lambda: s.exp() * (s - t),
+                "jsd": lambda: (t.exp() * (t - middle) + s.exp() * (s - middle)) / 2}[kind]().sum() * temperature**2
+    return sum(checkpoint(part, *pair, use_reentrant=False) for pair in zip(hidden.split(chunk), taught.split(chunk)))
+
 def main() -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument_group("模型和数据").add_argument
@@ -134,6 +180,7 @@ def main() -> None:
     add("--calibration_rows", type=number(int, 1), default=32, help="量重要性用几行，量困惑度也用这么多")
     add("--max_length", type=number(int, 16), default=512, help="每行最多多少 token")
     add("--device", default="auto", help="auto、cuda、mps 或 cpu")
+    add("--trust_remote_code", action="store_true", help="允许运行模型目录里的代码（危险）")
     add = parser.add_argument_group("剪法").add_argument
     add("--method", choices=("layers", "ffn", "magnitude"), default="ffn", help="layers 去掉层，ffn 变窄，magnitude 只置零")
     add("--ratio", type=number(float, 0, 0.95, above=True), default=0.25, help="去掉的比例：层、FFN 宽度或权重")
@@ -152,22 +199,19 @@ def main() -> None:
         fail(2, f"这个模型有 {n_layers} 层，留下 {n_keep} 层不行。用 --keep_layers 给一个更小的数，或加大 --ratio")
 
     import torch
-    from safetensors import SafetensorError
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, args.trust_remote_code)
     tables = [[row for row in load_rows(file)[0] if "messages" in row] for file in (args.calibration_data, args.test_data)]
     calibration, test = ([encode(tokenizer, row["messages"], args.max_length) for row in table[:args.calibration_rows]] for table in tables)
     if not calibration or not test:
         fail(3, "--calibration_data 和 --test_data 要有问答行（只有 text 列的文件不行）")
-    model = load_base(path, *pick_device(args.device))
+    model = load_base(path, *pick_device(args.device), trust_remote_code=args.trust_remote_code)
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not layers or not all(hasattr(getattr(layer, "mlp", None), name) for layer in layers for name in ("gate_proj", "up_proj", "down_proj")):
         fail(4, f"{(model.config.architectures or ['这种模型'])[0]} 的层不是 Llama 那样的（gate_proj、up_proj、down_proj），还不会剪")
     own_dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
-
     def figures() -> tuple[float, float, float]:
         say("量速度和困惑度 ……")
         return sum(p.numel() for p in model.parameters()) / 1e6, tokens_per_second(model, test[:4]), perplexity(model, test)
-
     before, note = figures(), ""
     say(f"在 {len(calibration)} 行 {args.calibration_data} 上量重要性 ……" if args.method != "magnitude" else "置零 ……")
     if args.method == "layers":
@@ -182,7 +226,7 @@ def main() -> None:
         note = f"{zeros:.1%} 的权重成了 0；文件一个字节也没有省，不用专门的稀疏计算也不会变快"
     after = figures()
 
-    # ---- 4. An ordinary smaller model, that gets its name when it is whole ----
+    # ---- An ordinary smaller model, that gets its name when it is whole ----
     staging = output.with_name(f".tmp-{output.name}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -190,8 +234,6 @@ def main() -> None:
         model.to(own_dtype).save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         staging.rename(output)
-    except (OSError, SafetensorError) as error:
-        fail(6, f"{output} 写不下去：{error}。写了一半的文件已删除，磁盘满了就腾出空间再来")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     print(f"{note}\n\n| | 参数（百万） | 文件（MB） | 速度（token/s） | 困惑度（{len(test)} 行） |\n|---|---|---|---|---|")

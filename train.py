@@ -10,7 +10,7 @@ final_model/（LoRA 权重）、checkpoint-N/、logs/（TensorBoard）、run.jso
 
 import argparse
 import contextlib
-import importlib.util
+import importlib
 import itertools
 import json
 import math
@@ -19,10 +19,8 @@ import random
 import re
 import shutil
 import signal
-import statistics
 import sys
 import time
-import timeit
 import unicodedata
 from pathlib import Path
 
@@ -66,7 +64,7 @@ def arguments(saved: dict | None = None) -> argparse.Namespace:
     add("--max_grad_norm", type=number(float, 0), default=1.0, help="梯度裁剪（0 = 不裁）")
     add("--neftune_alpha", type=number(float, 0), default=0.0, help="NEFTune 嵌入噪声（0 = 不用，常用 5）")
     add("--seed", type=number(int, 0, 2**31), default=42, help="随机种子")
-    add("--peft_method", choices=("lora",), default="lora", help="微调方法：lora")
+    add("--peft_method", choices=("lora", "rslora", "dora"), default="lora", help="微调方法：lora、rslora（大的秩）、dora（更慢）")
     add("--lora_r", "--lora_rank", type=number(int, 1), default=32, help="LoRA 秩")
     add("--lora_alpha", type=number(float, 0, above=True), default=64, help="LoRA 缩放，通常是秩的 2 倍")
     add("--lora_dropout", type=number(float, 0, 0.99), default=0.1, help="LoRA dropout（0 = 不用，CPU 上更快）")
@@ -74,6 +72,11 @@ def arguments(saved: dict | None = None) -> argparse.Namespace:
     add("--optim", choices=("auto", "adamw_torch", "paged_adamw_8bit"), default="auto", help="优化器；auto 按设备选")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False, help="用时间换内存")
     add("--fast", action=argparse.BooleanOptionalAction, default=True, help="快的算法（--no_fast = 朴素的，逐行算）")
+    add("--teacher_model", help="蒸馏：让这个更大的模型也教，tokenizer 要相同")
+    add("--kd_ratio", type=number(float, 0, 1), default=0.5, help="学老师占多少，其余学数据里的回答")
+    add("--kd_temperature", type=number(float, 0, 100, above=True), default=1.0, help="蒸馏温度")
+    add("--kd_loss", choices=("forward_kl", "reverse_kl", "jsd"), default="forward_kl", help="和老师的距离：forward_kl、reverse_kl、jsd")
+    add("--kd_top_k", type=number(int, 0), default=0, help="只比老师最可能的 k 个词（0 = 全部）")
     add = parser.add_argument_group("验证、保存、记录").add_argument
     add("--eval_every", "--eval_steps", type=number(int, 0), default=0, help="每几步验证（0 = 每轮一次）")
     add("--save_every", "--save_steps", type=number(int, -1), default=50, help="每几步存 checkpoint（0 = 每轮，-1 = 只在结束时）")
@@ -91,19 +94,6 @@ def preview(tokenizer, input_ids: list[int], labels: list[int]) -> str:
     learned, rest = ("\x1b[32m{}\x1b[0m", "\x1b[2m{}\x1b[0m") if sys.stderr.isatty() else ("【{}】", "{}")
     spans = itertools.groupby(zip(input_ids, labels), key=lambda pair: pair[1] != -100)
     return "".join((learned if is_label else rest).format(visible(tokenizer.decode([i for i, _ in span]))) for is_label, span in spans)
-
-def estimate(args: argparse.Namespace, tokens: float) -> str:
-    """About how much memory and time `tokens` tokens take here: from the shapes of the weights, which are not loaded, and the time of a product."""
-    import torch
-    from safetensors import safe_open
-    device, dtype = pick_device(args.device, args.dtype)
-    files, x = [safe_open(file, "pt") for file in Path(args.model_name).glob("*.safetensors")], torch.rand(2048, 2048, device=device, dtype=dtype)
-    shapes = [(name, file.get_slice(name).get_shape()) for file in files for name in file.keys()]  # noqa: SIM118 - not a dict
-    size, widths = sum(math.prod(shape) for _, shape in shapes), sum(sum(shape) for name, shape in shapes if re.search(r"(layers|h)\.\d+\..*weight$", name))
-    kept = args.batch_size * args.max_length * widths * (0.5 if args.gradient_checkpointing else 2.5)  # numbers that wait for the backward pass
-    gigabytes = (size * {"none": x.element_size(), "8bit": 1, "4bit": 0.6}[args.quantization] + kept * x.element_size()) / 2**30 + 0.6
-    seconds = min(timeit.repeat(lambda: (x @ x).sum().item(), number=1, repeat=5)) * 4 * size * tokens / (2 * 2048**3) / 0.5  # half of what one product does
-    return f"{device} 上大约要 {gigabytes:.1f} GB 内存、{seconds / 3600:.1f} 小时（都可能差一倍）"
 
 # ---- The model's side of a step ----
 
@@ -152,42 +142,41 @@ def chunked_loss(hidden, weight, targets, chunk: int = 256):
         total -= log_p.gather(1, labels).sum()
         if hidden.requires_grad:
             gradients.append(log_p.exp_().scatter_add_(1, labels, -torch.ones_like(labels, dtype=torch.float)).to(weight.dtype) @ weight)
-    # the difference is zero; its gradient is the one made above
-    return total + ((hidden - hidden.detach()) * torch.cat(gradients)).sum() if gradients else total
+    return total + ((hidden - hidden.detach()) * torch.cat(gradients)).sum() if gradients else total  # adds zero, with the gradient made above
 
-def loss_sum(model, rows: list, packed: bool, neftune_alpha: float = 0.0):
-    """Sum of the label tokens' losses of `rows`, a list of (input_ids, labels, where): several if `packed`, else one. Packed, they stand one
-    behind the other in one line of tokens, each with its own positions and attention, and the output head runs only on the positions that
-    predict a label. So nothing is padded, and the sum is that of the rows apart."""
+def loss_sum(model, rows: list, packed: bool, neftune_alpha: float = 0.0, teach=None):
+    """(sum of the label tokens' losses of `rows`, sum of their distances to a teacher or 0); `rows` is a list of (input_ids, labels, where):
+    several if `packed`, else one. Packed, they stand one behind the other in one line of tokens, each with its own positions and attention,
+    and the output head runs only on the positions that predict a label. So nothing is padded, and the sum is that of the rows apart."""
     import torch
     lengths = [len(ids) for ids, _, _ in rows]
-    inputs = {"input_ids": torch.tensor([[i for ids, _, _ in rows for i in ids]], device=model.device)}
+    input_ids = torch.tensor([[i for ids, _, _ in rows for i in ids]], device=model.device)
     targets = torch.tensor([t for _, labels, _ in rows for t in [*labels[1:], -100]], device=model.device)  # a row's last position predicts nothing
-    keep = (targets != -100).nonzero().flatten()
+    keep, inputs = (targets != -100).nonzero().flatten(), {"input_ids": input_ids}
     if neftune_alpha and model.training:  # https://arxiv.org/abs/2310.05914: uniform noise of size alpha / sqrt(length * width)
-        embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+        embeddings = model.get_input_embeddings()(input_ids)
         size = torch.tensor([neftune_alpha / math.sqrt(n * embeddings.shape[-1]) for n in lengths for _ in range(n)], device=model.device)
-        inputs["inputs_embeds"] = embeddings + torch.empty_like(embeddings).uniform_(-1, 1) * size[:, None]
+        inputs = {"inputs_embeds": embeddings + torch.empty_like(embeddings).uniform_(-1, 1) * size[:, None]}
     if not packed:
         logits = model(**inputs, use_cache=False).logits[0, keep]
-        return torch.nn.functional.cross_entropy(logits.float(), targets[keep], reduction="sum")
-    positions = torch.tensor([[k for n in lengths for k in range(n)]], device=model.device)
+        return torch.nn.functional.cross_entropy(logits.float(), targets[keep], reduction="sum"), logits.new_zeros(())
+    extra = {"position_ids": torch.tensor([[k for n in lengths for k in range(n)]], device=model.device), "row_lengths": lengths, "use_cache": False}
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    hidden = causal.base_model(**inputs, position_ids=positions, row_lengths=lengths, use_cache=False).last_hidden_state
-    return chunked_loss(hidden[0, keep], causal.get_output_embeddings().weight, targets[keep])
+    hidden, head = causal.base_model(**inputs, **extra).last_hidden_state[0, keep], causal.get_output_embeddings().weight
+    loss = chunked_loss(hidden, head, targets[keep])
+    return loss, teach(hidden, head, keep, input_ids=input_ids, **extra) if teach else loss.new_zeros(())
 
 def can_pack(model, rows: list) -> bool:
-    """Whether packed rows give this model the loss that they give apart (an architecture may not pass on positions or attention's
-    arguments, and mix the rows up); turns packing on if so."""
+    """Whether packed rows give this model the loss that they give apart (some architectures would mix them up); turns packing on if so."""
     import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
     probe = [(ids[:32 - 8 * n], ids[:32 - 8 * n], "") for n, (ids, _, _) in enumerate(rows[:2])]
     usual = model.config._attn_implementation
     with torch.no_grad(), contextlib.suppress(TypeError, ValueError, RuntimeError, AttributeError):
-        apart = sum(loss_sum(model, [row], packed=False).item() for row in probe)
+        apart = sum(loss_sum(model, [row], packed=False)[0].item() for row in probe)
         model.config._attn_implementation = "packed"
-        if math.isclose(apart, loss_sum(model, probe, packed=True).item(), rel_tol=1e-4 if model.dtype == torch.float32 else 1e-2):
+        if math.isclose(apart, loss_sum(model, probe, packed=True)[0].item(), rel_tol=1e-4 if model.dtype == torch.float32 else 1e-2):
             return True
     model.config._attn_implementation = usual
     return False
@@ -220,12 +209,11 @@ def staged(folder: Path):
         yield staging
         (staging / "manifest.json").write_text(json.dumps(describe(staging)), encoding="utf-8")
         synchronize(*staging.iterdir(), staging)
-    except BaseException:
+        discard(folder)
+        os.rename(staging, folder)
+        synchronize(folder.parent)
+    finally:
         shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the room
-        raise
-    discard(folder)
-    os.rename(staging, folder)
-    synchronize(folder.parent)
 
 def damage(folder: Path) -> str:
     """What is wrong with a checkpoint, in a few words, or "" for one whose every byte is as it was written."""
@@ -263,8 +251,6 @@ def main() -> None:
                    if name not in ("output_dir", "config", "resume_from_checkpoint", "dry_run") and getattr(args, name) != old}
         if forbidden := [line for name, line in changed.items() if name not in MAY_CHANGE]:
             fail(2, "\n".join(["这些参数和 checkpoint 里的不同，接着训练就不是同一次训练了：", *forbidden, "去掉它们接着训练，或去掉 --resume_from_checkpoint 从头训练"]))
-    if args.report_to == "wandb" and not importlib.util.find_spec("wandb"):
-        fail(2, "没有安装 wandb。安装：pip install wandb；或用 --report_to tensorboard")
     model_path = args.model_name = find_model(args.model_name)
 
     # ---- 1. Data: a list of (input_ids, labels, where) ----
@@ -302,9 +288,11 @@ def main() -> None:
         say(f"有 {len(cut)} 行超过 max_length {args.max_length}，其中 {sum(lost for _, lost in cut.values())} 行的回答被截断（这些行不学结束符）："
             f"{'、'.join([*cut][:5])}{' 等' if len(cut) > 5 else ''}。要全部放下用 --max_length {max(cut.values())[0]}")
     most = {"第一行": lambda row: 0, "最长的一行": lambda row: len(row[0]), "截得最多的一行": lambda row: cut.get(row[2], (0,))[0]}
-    for title, (ids, labels, where) in [(title, max(train_data, key=by)) for title, by in most.items()][:3 if args.dry_run else 1]:
+    for title, by in [*most.items()][:3 if args.dry_run else 1]:
+        ids, labels, where = max(train_data, key=by)
         say(f"{title}，{where}（{'绿色' if sys.stderr.isatty() else '【】里'}是要学的）：\n{preview(tokenizer, ids, labels)}")
     if args.dry_run:
+        from prune_model import estimate
         width = -(-lengths[-1] // 10)
         return say("每行的 token 数：", *(f"{k * width + 1:6}–{(k + 1) * width:<6}{(n := len([*group])):6} 行 {'█' * math.ceil(40 * n / len(lengths))}"
                                     for k, group in itertools.groupby(lengths, key=lambda n: (n - 1) // width)),
@@ -345,14 +333,20 @@ def main() -> None:
         fail(4, f"tokenizer 的编号超出了模型的词表（{model.get_input_embeddings().num_embeddings}）：两者不是一套，请重新下载模型")
     targets = args.target_modules or "all-linear"  # attention and FFN projections, not the output head
     targets = targets[0] if len(targets) == 1 and set(targets[0]) & set(".*|\\^$(") else targets  # one regex
-    lora = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": targets}
+    lora = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": targets,
+            "use_rslora": args.peft_method == "rslora", "use_dora": args.peft_method == "dora"}
     try:
         model = peft.get_peft_model(model, peft.LoraConfig(**lora, task_type="CAUSAL_LM"))  # the LoRA weights are fp32 whatever the base is
     except ValueError as error:
         fail(2, f"--target_modules 在这个模型里找不到：{str(error).splitlines()[0][:160]}")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    packed = args.fast and can_pack(model, train_data)
+    teach, kd_ratio, packed = None, args.kd_ratio if args.teacher_model else 0.0, args.fast and can_pack(model, train_data)
+    if args.teacher_model:
+        from prune_model import load_teacher
+        teacher, teach = load_teacher(args.teacher_model, tokenizer, model, args.quantization, args.trust_remote_code, args.kd_loss, args.kd_temperature, args.kd_top_k)
+        if not packed or not can_pack(teacher, train_data):
+            fail(2, "蒸馏要用快的算法（去掉 --no_fast），老师和学生都要是能打包的模型（Llama、Qwen、Mistral 等）")
     for module in model.modules() if packed and device == "cpu" else ():
         if type(module) is torch.nn.Dropout:
             module.forward = fast_dropout.__get__(module)
@@ -428,7 +422,7 @@ def main() -> None:
     while on_cuda or not packed:
         try:
             with amp:
-                loss_sum(model, micro_batches(sorted(train_data, key=lambda row: len(row[0]))[-rows_per_step:], budget, packed)[0], packed).backward()
+                sum(loss_sum(model, micro_batches(sorted(train_data, key=lambda row: len(row[0]))[-rows_per_step:], budget, packed)[0], packed, 0.0, teach)).backward()
             break
         except torch.OutOfMemoryError:
             if budget < lengths[-1]:
@@ -445,7 +439,7 @@ def main() -> None:
         if val_data and fresh and (step % (args.eval_every or steps_per_epoch) == 0 or step == total_steps):
             model.eval()
             with torch.inference_mode(), amp:
-                total_loss = sum(loss_sum(model, batch, packed).item() for batch in micro_batches(val_data, budget, packed))
+                total_loss = sum(loss_sum(model, batch, packed)[0].item() for batch in micro_batches(val_data, budget, packed))
             model.train()
             val_loss = total_loss / sum(t != -100 for _, labels, _ in val_data for t in labels[1:])
             is_best = val_loss < best
@@ -456,10 +450,13 @@ def main() -> None:
         last = step == total_steps or stopped_by > 0 or 0 < args.early_stopping_patience <= bad_evals
 
         # once in a while: save, then delete what is neither recent nor the best
-        if step > 0 and fresh and (best_step == step or last or (args.save_every >= 0 and step % (args.save_every or steps_per_epoch) == 0)):
-            state = {**run, "step": step, "losses": losses, "best": best if best < math.inf else None, "best_step": best_step, "bad_evals": bad_evals, "scaler": scaler.state_dict()}
+        due = step > 0 and fresh and (best_step == step or last or (args.save_every >= 0 and step % (args.save_every or steps_per_epoch) == 0))
+        if (due or step == start_step) and (free := shutil.disk_usage(folder).free) < (need := 13 * trainable):  # the adapter and two moments, fp32
+            fail(6, f"磁盘满了：存一个 checkpoint 要 {need / 1e6:.1f} MB，{folder} 那里还剩 {free / 1e6:.1f} MB。已有的 checkpoint 完好；腾出空间后加 --resume_from_checkpoint auto 接着训练")
+        if due:
             values = {f"{i}.{key}": v for i, entry in optimizer.state_dict()["state"].items() for key, v in entry.items()}
-            state["optimizer"] = {key: v for key, v in values.items() if not torch.is_tensor(v)}
+            state = {**run, "step": step, "losses": losses, "best": best if best < math.inf else None, "best_step": best_step, "bad_evals": bad_evals,
+                     "scaler": scaler.state_dict(), "optimizer": {key: v for key, v in values.items() if not torch.is_tensor(v)}}
             if bad := next((name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()), None):
                 fail(5, f"权重 {bad} 里出现了 NaN 或无穷大，没有保存。之前的 checkpoint 完好；调低 --learning_rate 重新训练")
             with staged(folder / f"checkpoint-{step}") as staging:
@@ -477,15 +474,17 @@ def main() -> None:
         # micro-steps: the rows of a step, and every random number drawn in it, follow from (seed, step)
         bar.set_description(f"Epoch {step // steps_per_epoch + 1}/{math.ceil(args.num_epochs)}")
         batch_rows = [train_data[i] for i in step_rows(len(train_data), rows_per_step, args.seed, step)]
-        label_tokens, step_loss = sum(t != -100 for _, labels, _ in batch_rows for t in labels[1:]), 0.0
+        label_tokens, step_loss, step_parts = sum(t != -100 for _, labels, _ in batch_rows for t in labels[1:]), 0.0, (0.0, 0.0)
         since = since if tokens else time.perf_counter()
         torch.manual_seed(args.seed * 1_000_003 + step)
         for batch in micro_batches(batch_rows, budget, packed):
             with amp:
-                # a sum, divided by the label tokens of the whole step: any split of the rows gives the same gradient
-                loss = loss_sum(model, batch, packed, args.neftune_alpha) / label_tokens
+                # sums, divided by the label tokens of the whole step: any split of the rows gives the same gradient
+                parts = loss_sum(model, batch, packed, args.neftune_alpha, teach)
+                loss = ((1 - kd_ratio) * parts[0] + kd_ratio * parts[1]) / label_tokens
             scaler.scale(loss).backward()
             step_loss += loss.item()
+            step_parts = [total + part.item() / label_tokens for total, part in zip(step_parts, parts)]
 
         # clip; what is not a number never reaches the weights
         scaler.unscale_(optimizer)
@@ -506,8 +505,8 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
 
         # once in a while: a step unlike those before it
-        recent = [m["loss"] for m in history[-160:] if "loss" in m][-128:]
-        if len(recent) >= 32 and (z := (step_loss - statistics.fmean(recent)) / (statistics.stdev(recent) or 1)) > 6:
+        recent = torch.tensor([m["loss"] for m in history[-160:] if "loss" in m][-128:])
+        if len(recent) >= 32 and (z := ((step_loss - recent.mean()) / (recent.std() + 1e-6)).item()) > 6:
             say(f"警告：第 {step + 1} 步的损失 {step_loss:.3f} 比前面 {len(recent)} 步高 {z:.1f} 个标准差：{'、'.join(where for _, _, where in batch_rows)}")
 
         # log
@@ -516,10 +515,11 @@ def main() -> None:
         tokens += sum(len(ids) for ids, _, _ in batch_rows)
         if (step + 1) % args.logging_steps == 0 or step + 1 == total_steps:
             now = time.perf_counter()
-            left = int((now - began) / (step + 1 - start_step) * (total_steps - step - 1))
+            left = int((now - since) / len(losses) * (total_steps - step - 1))
             metrics = {"loss": round(sum(losses) / len(losses), 6), "learning_rate": float(f"{args.learning_rate * scale:.4g}"), "grad_norm": round(grad_norm, 4),
                        "tokens_per_second": round(tokens / (now - since), 1), "epoch": round((step + 1) / steps_per_epoch, 4),
                        **({"peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2), "skipped_updates": skipped} if on_cuda else {})}
+            metrics |= {"answer_loss": round(step_parts[0], 6), "teacher_loss": round(step_parts[1], 6)} if teach else {}  # of this step
             record(step + 1, metrics)
             tqdm.write(f"{metrics} 第 {step + 1}/{total_steps} 步，还要 {left // 60}:{left % 60:02d}", file=sys.stderr)
             losses, tokens, all_tokens = [], 0, all_tokens + tokens
@@ -532,7 +532,7 @@ def main() -> None:
     # ---- 5. The best adapter becomes final_model ----
     if problem := damage(source := folder / f"checkpoint-{best_step or step}"):
         fail(4, f"最好的 {source} 不能用：{problem}，没有写 final_model。可以直接用另一个：python inference.py --interactive --lora_weights {folder}/checkpoint-N")
-    if not any(v.any() for key, v in load_file(source / "adapter_model.safetensors").items() if "lora_A" not in key):
+    if not any(v.any() for key, v in load_file(source / "adapter_model.safetensors").items() if "lora_B" in key):
         fail(5, f"LoRA 的权重还全是零，等于没有训练，没有写 final_model。检查 --learning_rate（现在是 {args.learning_rate}）")
     with staged(folder / "final_model") as staging:
         for file in set(source.iterdir()) - {source / name for name in ("optimizer.safetensors", "state.json", "manifest.json")}:

@@ -50,12 +50,12 @@ def test_packed_rows_give_the_loss_and_gradients_of_the_rows_apart(architecture,
     rows = [(*encode(tokenizer, [{"role": "user", "content": q}, {"role": "assistant", "content": a}]), "") for q, a in zip(QUESTIONS, ANSWERS)]
     torch.manual_seed(0)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()
-    apart = sum(loss_sum(model, [row], packed=False) for row in rows)
+    apart = sum(loss_sum(model, [row], packed=False)[0] for row in rows)
     apart.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     assert can_pack(model, rows)
-    together = loss_sum(model, rows, packed=True)
+    together = loss_sum(model, rows, packed=True)[0]
     together.backward()
     assert together.item() == pytest.approx(apart.item(), rel=1e-5)
     assert gradients and all(close(p.grad, gradients[name]) for name, p in model.named_parameters() if p.requires_grad)

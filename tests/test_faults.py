@@ -34,11 +34,11 @@ def at_loss(call, action):
 
     def patched(model, *arguments, **options):
         nonlocal calls
-        loss = loss_sum(model, *arguments, **options)
+        loss, distance = loss_sum(model, *arguments, **options)
         if model.training and loss.requires_grad:
             calls += 1
-            return action(loss) if calls == call else loss
-        return loss
+            loss = action(loss) if calls == call else loss
+        return loss, distance
 
     train.loss_sum = patched
 
@@ -189,6 +189,36 @@ def no_memory_at_load():
 def test_too_little_memory_for_the_model_exits_6(flags, tmp_path):
     with trial("装不下模型", 6):
         assert "内存不够" in go(tmp_path / "run", *flags, "--output_dir", tmp_path / "run", fault=no_memory_at_load, code=6)
+
+
+def little_room():
+    import collections
+    import shutil
+
+    calls = iter([2**40] * 3)  # at the start, and at two checkpoints
+    shutil.disk_usage = lambda path: collections.namedtuple("usage", "total used free")(2**40, 0, next(calls, 20_000))
+
+
+def test_too_little_room_for_a_checkpoint_is_said_in_bytes_before_it_is_written(flags, tmp_path):
+    folder = tmp_path / "run"
+    with trial("磁盘剩下的不够：说出要多少、还剩多少", 6):
+        words = go(folder, *flags, "--max_steps", 4, "--save_every", 1, "--save_total_limit", 9, "--output_dir", folder, fault=little_room, code=6)
+        assert "要 0.1 MB" in words and "还剩 0.0 MB" in words and "--resume_from_checkpoint auto" in words
+        assert sound(folder) == [2, 1]
+        go(folder, "--output_dir", folder, "--resume_from_checkpoint", "auto")
+
+
+def no_room():
+    import collections
+    import shutil
+
+    shutil.disk_usage = lambda path: collections.namedtuple("usage", "total used free")(2**40, 2**40, 0)
+
+
+def test_too_little_room_at_the_start_is_said_before_the_first_step(flags, tmp_path):
+    with trial("磁盘剩下的不够：说出要多少、还剩多少", 6):
+        words = go(tmp_path / "run", *flags, "--output_dir", tmp_path / "run", fault=no_room, code=6)
+        assert "还剩 0.0 MB" in words and "'loss'" not in words
 
 
 def no_loading():
@@ -450,6 +480,7 @@ TEMPLATES = {
     "attribute filter": "{{ ''|attr('__class__') }}{{ [].append.__globals__ }}", "syntax": "{% for %}", "include": "{% include '/etc/passwd' %}",
     "huge range": "{% for i in range(10**9) %}x{% endfor %}", "type": "{{ messages + 1 }}", "zero": "{{ 1 // 0 }}",
     "raise": "{{ raise_exception('no') }}", "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "power": "{{ 'x' * 10**12 }}",
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "ten million letters": "{{ 'x' * 10**7 }}",
 }
 
 
@@ -457,7 +488,7 @@ TEMPLATES = {
 def test_an_evil_or_broken_template_is_refused(tiny, flags, tmp_path, name):
     base = shutil.copytree(tiny, tmp_path / "base")
     (base / "chat_template.jinja").write_text(TEMPLATES[name] + "{% for m in messages %}{{ m['content'] }}{% endfor %}", encoding="utf-8")
-    with trial("恶意或写坏的对话模板", 4):
+    with trial("恶意、写坏或写不完的对话模板", 4):
         go(tmp_path / "run", *flags, "--model_name", base, "--max_steps", 1, "--output_dir", tmp_path / "run", code=4)
         assert not Path("pwned").exists()
 

@@ -88,7 +88,7 @@ def test_any_split_of_a_step_gives_the_same_gradient(tiny, packed):
         assert sorted(map(id, rows)) == sorted(id(row) for batch in batches for row in batch)
         model.zero_grad()
         for batch in batches:
-            (loss_sum(model, batch, packed) / tokens).backward()
+            (loss_sum(model, batch, packed)[0] / tokens).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
         counts.append(len(batches))
     assert not packed or counts[0] > counts[1] > counts[2]
@@ -105,9 +105,9 @@ def test_packed_rows_do_not_see_each_other(tiny):
     rows = [(list(range(300, 330)), list(range(300, 330)), ""), (list(range(200, 240)), list(range(200, 240)), "")]
     assert can_pack(model, rows * 2)
     with torch.no_grad():
-        together = loss_sum(model, rows, packed=True).item()
-        changed = loss_sum(model, [rows[0], ([5] * 40, [-100] * 40, "")], packed=True).item()
-        alone = loss_sum(model, rows[:1], packed=True).item()
+        together = loss_sum(model, rows, packed=True)[0].item()
+        changed = loss_sum(model, [rows[0], ([5] * 40, [-100] * 40, "")], packed=True)[0].item()
+        alone = loss_sum(model, rows[:1], packed=True)[0].item()
     assert changed == pytest.approx(alone, rel=1e-6)
     assert together > alone
 
@@ -159,6 +159,33 @@ def test_each_architecture_trains_reloads_and_generates(architecture, data, tmp_
     assert isinstance(generate_response(ours, tokenizer, QUESTIONS[0], None), str)
 
 
+@pytest.mark.parametrize("method", ["rslora", "dora"])
+def test_each_method_trains_packed_reloads_merges_and_resumes(method, tiny, data, tmp_path, capfd):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from inference import load_model
+
+    folder = train(tiny, data, tmp_path / "run", "--peft_method", method, "--num_epochs", 3, "--learning_rate", 1e-2, "--save_every", 1, "--save_total_limit", 9)
+    assert "按行打包" in capfd.readouterr().err
+    config = json.loads((folder / "final_model" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["use_rslora"], config["use_dora"]) == (method == "rslora", method == "dora")
+    ours, tokenizer = load_model(tiny, str(folder / "final_model"))
+    merged, _ = load_model(tiny, str(folder / "final_model"), merge=True)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), folder / "final_model").eval()
+    ids = tokenizer(QUESTIONS[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert (ours(ids).logits - plain(ids).logits).abs().max() < 1e-5
+        assert (ours(ids).logits - merged(ids).logits).abs().max() < 1e-4
+        with plain.disable_adapter():
+            assert (ours(ids).logits - plain(ids).logits).abs().max() > 1e-3
+    weights = (folder / "final_model" / "adapter_model.safetensors").read_bytes()
+    for name in ("final_model", "checkpoint-3"):
+        shutil.rmtree(folder / name)
+    train(tiny, data, folder, "--resume_from_checkpoint", "auto")
+    assert weights == (folder / "final_model" / "adapter_model.safetensors").read_bytes()
+
+
 def test_a_dry_run_shows_the_rows_and_the_cost_and_writes_nothing(tiny, tmp_path):
     rows = write_csv(tmp_path / "rows.csv", [(f"第{n}问", "短。" * (n + 1)) for n in range(19)] + [("最长的", "长" * 400)])
     said = run("train.py", "--model_name", tiny, "--dataset_name", rows, "--dry_run", "--max_length", 96, "--val_ratio", 0, "--output_dir", tmp_path / "run").stderr
@@ -173,12 +200,12 @@ def test_a_dry_run_shows_the_rows_and_the_cost_and_writes_nothing(tiny, tmp_path
 
 
 def test_the_dry_runs_estimate_is_within_a_factor_of_two_of_what_was_measured(demo):
-    import train as script
+    import prune_model
 
     def gigabytes(**flags):
         args = argparse.Namespace(**{"device": "cpu", "dtype": "auto", "model_name": demo, "batch_size": 2, "max_length": 512, "gradient_checkpointing": False,
-                                     "quantization": "none", **flags})
-        return float(re.search(r"大约要 (\S+) GB", script.estimate(args, 1e6))[1])
+                                     "quantization": "none", "teacher_model": None, **flags})
+        return float(re.search(r"大约要 (\S+) GB", prune_model.estimate(args, 1e6))[1])
 
     assert 2 < gigabytes() < 8  # 4.0 GB on the machine where this was written
     assert gigabytes(batch_size=4) > gigabytes() + 1
