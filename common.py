@@ -9,6 +9,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -289,10 +290,7 @@ def load_rows(paths: str | list[str], encoding: str | None = None, columns: str 
     rows, dropped = [], []
     for path in [paths] if isinstance(paths, str) else paths:
         name, amount = (path, None) if os.path.exists(path) else re.fullmatch(r"(.*?)(?::(\d+(?:\.\d+)?))?", path).groups()
-        files = [name]
-        if name[:3] in ("hf:", "ms:"):  # nothing else goes to the network
-            from prepare_data import fetch
-            files = fetch(name)
+        files = importlib.import_module("prepare_data").fetch(name) if name[:3] in ("hf:", "ms:") else [name]  # nothing else goes to the network
         found = [row for file in files for row in stream_rows(file, encoding, columns, skip_bad_rows)]
         dropped += [row for row in found if isinstance(row, str)]
         found = [row for row in found if isinstance(row, dict)] or fail(3, f"{name} 里没有可以学的行。{''.join(dropped[:1])}")
@@ -317,9 +315,11 @@ def control_tokens(tokenizer) -> tuple[frozenset, re.Pattern]:
 def text_ids(tokenizer, text: str, first: bool = False) -> list[int]:
     """Ids of a piece of text that stands inside a longer one (`first`: at its start), with no BOS added. SentencePiece tokenizers put a
     space before whatever they are given; a character that no word has in front, cut off again, keeps it away."""
-    ids, mark, joined = tokenizer([text, "\ue000", "\ue000" + text], add_special_tokens=False).input_ids
-    adds_space = ids and tokenizer.convert_ids_to_tokens(ids[0]).startswith("▁")
-    return joined[len(mark):] if adds_space and not first else ids
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if first or not ids or not tokenizer.convert_ids_to_tokens(ids[0]).startswith("▁"):
+        return ids
+    mark, joined = tokenizer(["\ue000", "\ue000" + text], add_special_tokens=False).input_ids
+    return joined[len(mark):]
 
 def content_ids(tokenizer, text: str) -> list[int]:
     """Ids of what a person wrote: the text is cut after the first character of every control token typed in it, and stays ordinary text."""

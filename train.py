@@ -484,7 +484,7 @@ def main() -> None:
                 loss = ((1 - kd_ratio) * parts[0] + kd_ratio * parts[1]) / label_tokens
             scaler.scale(loss).backward()
             step_loss += loss.item()
-            step_parts = [total + part.item() / label_tokens for total, part in zip(step_parts, parts)]
+            step_parts = [total + part.detach() / label_tokens for total, part in zip(step_parts, parts)]
 
         # clip; what is not a number never reaches the weights
         scaler.unscale_(optimizer)
@@ -519,7 +519,7 @@ def main() -> None:
             metrics = {"loss": round(sum(losses) / len(losses), 6), "learning_rate": float(f"{args.learning_rate * scale:.4g}"), "grad_norm": round(grad_norm, 4),
                        "tokens_per_second": round(tokens / (now - since), 1), "epoch": round((step + 1) / steps_per_epoch, 4),
                        **({"peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2), "skipped_updates": skipped} if on_cuda else {})}
-            metrics |= {"answer_loss": round(step_parts[0], 6), "teacher_loss": round(step_parts[1], 6)} if teach else {}  # of this step
+            metrics |= {"answer_loss": round(step_parts[0].item(), 6), "teacher_loss": round(step_parts[1].item(), 6)} if teach else {}  # of this step
             record(step + 1, metrics)
             tqdm.write(f"{metrics} 第 {step + 1}/{total_steps} 步，还要 {left // 60}:{left % 60:02d}", file=sys.stderr)
             losses, tokens, all_tokens = [], 0, all_tokens + tokens
