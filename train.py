@@ -130,7 +130,7 @@ def fast_dropout(dropout, x):
     if not dropout.training or k == 0:
         return x
     draws = torch.empty((n + 7) // 8, dtype=torch.int64).random_(-2**63, None).view(torch.uint8)[:n]
-    return x * (draws >= k).view(x.shape).to(x.dtype).mul_(256 / (256 - k))
+    return x * draws.ge_(k).view(x.shape).to(x.dtype).mul_(256 / (256 - k))  # in place: bytes compare and convert ten times faster than bools
 
 def chunked_loss(hidden, weight, targets, chunk: int = 256):
     """Sum of cross-entropies of (n, width) `hidden` states under a (vocabulary, width) output head, n `targets`. The gradient is made in the forward
@@ -283,11 +283,11 @@ def main() -> None:
     steps_per_epoch = math.ceil(len(train_data) / rows_per_step)
     total_steps = min(math.ceil(steps_per_epoch * args.num_epochs), args.max_steps or sys.maxsize)
     say(*(f"  跳过 {line}\n" for line in dropped[:5]), f"训练 {len(train_data)} 行，验证 {len(val_data)} 行，跳过 {len(dropped)} 行；"
-        f"每行 token：中位 {lengths[len(lengths) // 2]}，95% 不超过 {lengths[int(len(lengths) * 0.95)]}，最长 {lengths[-1]}，共 {sum(lengths):,}")
+        f"每行 token：中位 {lengths[len(lengths) // 2]}，95% 不超过 {lengths[int(len(lengths) * 0.95)]}，最长 {lengths[-1]}，共 {sum(lengths):,}", sep="")
     if cut:
         say(f"有 {len(cut)} 行超过 max_length {args.max_length}，其中 {sum(lost for _, lost in cut.values())} 行的回答被截断（这些行不学结束符）："
             f"{'、'.join([*cut][:5])}{' 等' if len(cut) > 5 else ''}。要全部放下用 --max_length {max(cut.values())[0]}")
-    most = {"第一行": lambda row: 0, "最长的一行": lambda row: len(row[0]), "截得最多的一行": lambda row: cut.get(row[2], (0,))[0]}
+    most = {"打乱后的第一行": lambda row: 0, "最长的一行": lambda row: len(row[0]), "截得最多的一行": lambda row: cut.get(row[2], (0,))[0]}
     for title, by in [*most.items()][:3 if args.dry_run else 1]:
         ids, labels, where = max(train_data, key=by)
         say(f"{title}，{where}（{'绿色' if sys.stderr.isatty() else '【】里'}是要学的）：\n{preview(tokenizer, ids, labels)}")
@@ -311,6 +311,8 @@ def main() -> None:
             fail(2, f"另一个训练正在用 {folder}。等它结束，或换一个 --output_dir")
     for stale in folder.glob(".tmp-*"):
         shutil.rmtree(stale)
+    if args.report_to == "wandb":
+        importlib.import_module("wandb").init(project="lora", name=folder.name, config=vars(args), dir=folder, sync_tensorboard=True)
 
     # ---- 2. Device, model, LoRA ----
     if args.quantization == "none" and args.optim != "paged_adamw_8bit":
@@ -388,8 +390,6 @@ def main() -> None:
     for name, text in (("run.json", json.dumps(run, ensure_ascii=False, indent=1)), ("metrics.jsonl", "".join(json.dumps(m) + "\n" for m in history))):
         (folder / f".new-{name}").write_text(text, encoding="utf-8")
         os.replace(folder / f".new-{name}", folder / name)  # a crash or a full disk leaves the old one
-    if args.report_to == "wandb":
-        importlib.import_module("wandb").init(project="lora", name=folder.name, config=vars(args), dir=folder, sync_tensorboard=True)
     if args.report_to != "none":
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(str(folder / "logs"), purge_step=start_step + 1 if resume else 0)

@@ -193,7 +193,7 @@ def test_a_dry_run_shows_the_rows_and_the_cost_and_writes_nothing(tiny, tmp_path
     counts = [int(n) for n in re.findall(r"^ +\d+–\d+ +(\d+) 行 █+$", said, re.MULTILINE)]
     assert sum(counts) == 20 and len(counts) > 1
     longest, most_cut = (re.search(rf"{title}，(\S+)（", said)[1] for title in ("最长的一行", "截得最多的一行"))
-    assert most_cut == f"{rows}:21" and "第一行，" in said and longest
+    assert most_cut == f"{rows}:21" and "打乱后的第一行，" in said and longest
     assert "每步 16 行，每轮 2 步，共 6 步" in said and "--max_length" in said.partition("要全部放下")[2]
     gigabytes, hours = map(float, re.search(r"大约要 (\S+) GB 内存、(\S+) 小时", said).groups())
     assert 0.6 <= gigabytes < 2 and 0 <= hours < 0.1
