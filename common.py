@@ -224,8 +224,8 @@ def find_columns(names: tuple, wanted: dict) -> dict:
     if missing := set(wanted.values()) - set(names):
         raise ValueError(f"没有 {missing.pop()} 列，{listed}")
     columns = dict(wanted)
-    for field, aliases in COLUMNS.items():
-        found = [known[alias] for alias in aliases if alias in known]
+    for field, aliases in COLUMNS.items() if "text" not in wanted else ():
+        found = [known[alias] for alias in aliases if alias in known and not (field in ("history", "messages") and {"instruction", "output"} <= set(wanted))]
         if len(found) > 1 and field not in known and field not in wanted:
             raise ValueError(f"列 {'、'.join(found)} 都可以当作 {field}。只留一列，或写明 --columns {field}={found[0]}")
         columns |= {field: found[0]} if found and field not in columns else {}
@@ -258,15 +258,15 @@ def make_row(cells: dict) -> dict:
         raise ValueError(f"的角色 {bad.pop()} 不认识，应为 system、user 或 assistant")
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
-    return {"messages": messages} if messages and all(m["content"] for m in messages) else {}
+    return {"messages": messages} if any(m["role"] == "user" for m in messages) and all(m["content"] for m in messages) else {}
 
 def stream_rows(path: str, encoding: str | None = None, columns: str | None = None, skip_bad_rows: bool = False):
     """One by one the rows that load_rows gives, and a sentence in the place of each that is dropped."""
     wanted = dict(pair.partition("=")[::2] for pair in re.split("[,，]", columns)) if columns else {}
-    files = sorted(str(p) for p in Path(path).iterdir() if p.suffix.lower() in SUFFIXES) if os.path.isdir(path) else [path]
-    for file in [file for file in files if "train" in Path(file).name] or files or [path]:  # of a folder that is split already, the part to learn
+    files = sorted(str(p) for p in Path(path).iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] not in ".~") if os.path.isdir(path) else [path]
+    for file in [file for file in files if re.search("(?<![a-z])train", Path(file).name)] or files or [path]:  # of a folder that is split already, the part to learn
         mapped: dict = {}
-        for line, record in read_table(file, encoding, frozenset(itertools.chain(wanted.values(), *COLUMNS.values()))):
+        for line, record in read_table(file, encoding, frozenset(map(str.lower, itertools.chain(wanted.values(), *COLUMNS.values())))):
             where = f"{file}:{line}"
             try:
                 if isinstance(record, str):
@@ -280,7 +280,7 @@ def stream_rows(path: str, encoding: str | None = None, columns: str | None = No
             except (ValueError, TypeError, AttributeError) as error:
                 problem = str(error) if type(error) is ValueError else '的对话应该是 [{"role": "user", "content": "…"}, …]'
                 if not skip_bad_rows:
-                    fail(3, f"{where} {problem}" + "\n跳过这样的行：加 --skip_bad_rows" * bool(mapped))
+                    fail(3, f"{where} {problem}" + "\n跳过这样的行：train.py 和 prepare_data.py 加 --skip_bad_rows" * bool(mapped))
                 yield f"{where}：{problem.splitlines()[0]}"
 
 def load_rows(paths: str | list[str], encoding: str | None = None, columns: str | None = None, skip_bad_rows: bool = False, seed: int = 42):
@@ -295,7 +295,7 @@ def load_rows(paths: str | list[str], encoding: str | None = None, columns: str 
         dropped += [row for row in found if isinstance(row, str)]
         found = [row for row in found if isinstance(row, dict)] or fail(3, f"{name} 里没有可以学的行。{''.join(dropped[:1])}")
         if amount:
-            n = round(float(amount) * (len(found) if "." in amount else 1))
+            n = max(1, round(float(amount) * (len(found) if "." in amount else 1)))
             found = found * (n // len(found)) + random.Random(f"{seed} {name}").sample(found, n % len(found))
         rows += found
     odd = [row["where"] for row in rows if re.search("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]", row.get("text") or "".join(m["content"] for m in row["messages"]))]
@@ -427,16 +427,15 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        plain = "{{ bos_token }}" * (tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]) + PLAIN_TEMPLATE
+        tokenizer.chat_template = tokenizer.get_chat_template() if tokenizer.chat_template else plain  # the default one of several
     except Exception as error:  # noqa: BLE001 - broken files raise a dozen unrelated types
         fail(4, f"{path} 里的 tokenizer 读不出来：{str(error).splitlines()[0][:200]}")
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = "{{ bos_token }}" * (tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]) + PLAIN_TEMPLATE
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "left"
     return tokenizer
 
 def load_base(path: str, device: str, dtype, quantization: str = "none", trust_remote_code: bool = False):
     """The causal language model in `path` on `device`, in eval mode; safetensors only, no code from the model's folder unless trusted."""
-    import torch
     import transformers
     from safetensors import safe_open
     transformers.utils.logging.disable_progress_bar()
@@ -455,9 +454,9 @@ def load_base(path: str, device: str, dtype, quantization: str = "none", trust_r
         if info["missing_keys"]:
             raise ValueError(f"缺少权重 {min(info['missing_keys'])}")  # the library would draw it at random
         return model.to(device).eval() if quantization == "none" else model.eval()
-    except (torch.OutOfMemoryError, MemoryError):
-        fail(6, f"内存不够，装不下模型 {path}。换小一些的模型，或在 CUDA 上加 --use_4bit")
     except Exception as error:  # noqa: BLE001 - broken files raise a dozen unrelated types
+        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+            fail(6, f"内存不够，装不下模型 {path}。换小一些的模型，或在 CUDA 上加 --use_4bit")
         fail(4, f"模型 {broken} 读不出来：{str(error).splitlines()[0][:200]}\n检查文件：python download_model.py --verify {path}")
 
 def sha256(data: str | bytes) -> str:
@@ -495,6 +494,6 @@ def run_script(main) -> None:
             fail(6, f"不能读写 {error.filename}：{error.strerror}。已完成的 checkpoint 没有受影响")
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(r"No space left|os error (27|28|122)\b|requested and \d+ written", str(error)):
             fail(6, "磁盘满了。腾出空间后再运行同样的命令；已完成的 checkpoint 没有受影响")
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-            fail(6, "内存不够。--batch_size 减半、--gradient_accumulation_steps 加倍（结果一样），或减小 --max_length，或加 --gradient_checkpointing")
+        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):  # of CUDA, MPS and CPU
+            fail(6, "内存不够。训练：--batch_size 减半、--gradient_accumulation_steps 加倍（结果一样），或加 --gradient_checkpointing；回答：减小 --answer_batch_size")
         raise

@@ -434,3 +434,33 @@ def test_a_thousand_broken_files_are_read_as_by_the_oracle_or_refused(tmp_path, 
     assert slowest < 2
     assert read > 250 and refusals > 500, (read, refusals)
     print(f"{read} read as by the oracle, {refusals} refused, slowest {slowest:.3f} s, seed {FUZZ_SEED}")
+
+
+def test_a_tab_separated_file_is_known_by_the_columns_that_the_user_names(tmp_path):
+    path = tmp_path / "qa.tsv"
+    path.write_text("Q\tA\n一，二？\t三\n", encoding="utf-8")
+    assert pairs(load_rows(str(path), columns="instruction=Q,output=A")[0]) == [("一，二？", "三")]
+
+
+def test_a_column_called_history_is_left_alone_where_the_user_names_the_others(tmp_path, capsys):
+    path = write_csv(tmp_path / "patients.csv", [("头晕怎么办？", "先量血压。", "高血压三年")], header=("问题", "回答", "历史"))
+    refused(tmp_path / "patients.csv", capsys)
+    assert pairs(load_rows(path, columns="instruction=问题,output=回答")[0]) == [("头晕怎么办？", "先量血压。")]
+
+
+def test_a_conversation_without_a_question_is_dropped_and_named(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"conversations": [{"from": "gpt", "value": "你好"}]}\n{"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]}\n',
+                    encoding="utf-8")
+    rows, dropped = load_rows(str(path))
+    assert pairs(rows) == [("问", "答")] and len(dropped) == 1 and f"{path}:1" in dropped[0]
+
+
+def test_leftovers_in_a_folder_are_not_data(tmp_path):
+    write_csv(tmp_path / "constraints.csv", ROWS[:2])
+    write_csv(tmp_path / "more.csv", ROWS[2:4])
+    for name in (".tmp-train.csv", "._train.csv", "~$train.csv"):
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
+    assert pairs(load_rows(str(tmp_path))[0]) == ROWS[:4]
+    write_csv(tmp_path / "qa-train.csv", ROWS[4:5])
+    assert pairs(load_rows(str(tmp_path))[0]) == ROWS[4:5]
