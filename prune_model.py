@@ -8,6 +8,7 @@
 --method magnitude 只把小的权重变成 0，文件不会变小，也不会变快，留着作对比。
 """
 
+import itertools
 import json
 import math
 import re
@@ -24,14 +25,11 @@ def perplexity(model, rows: list[tuple]) -> float:
     """exp of the mean loss over the label tokens of `rows`, (input_ids, labels) each."""
     import torch
     from torch.nn.functional import cross_entropy
-    total, count = 0.0, 0
+    def loss(ids: list[int], labels: list[int]) -> float:
+        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1].float()
+        return cross_entropy(logits, torch.tensor(labels[1:], device=model.device), reduction="sum").item()
     with torch.inference_mode():
-        for ids, labels in rows:
-            logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1].float()
-            targets = torch.tensor(labels[1:], device=model.device)
-            total += cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
-            count += int((targets != -100).sum())
-    return math.exp(total / count)
+        return math.exp(sum(loss(*row) for row in rows) / sum(label != -100 for _, labels in rows for label in labels[1:]))
 
 def tokens_per_second(model, rows: list[tuple]) -> float:
     """Tokens that the model reads in a second, from each row's best time of five: other programs only make it longer."""
@@ -123,22 +121,29 @@ def zero_small_weights(model, ratio: float, scope: str) -> float:
 
 # ---- 4. For train.py: what a run costs, and what a teacher adds ----
 
-def estimate(args, tokens: float) -> str:
-    """About how much memory and time train.py with `args` takes for `tokens` tokens: from the weights' shapes, unloaded, and the time of a product."""
+def estimate(args, lengths: list[int], rows_per_step: int, total_steps: int) -> str:
+    """The rows' `lengths` (tokens, sorted), and about what train.py with `args` takes for them: from the weights' shapes and the time of a product."""
     import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     device, dtype = pick_device(args.device, args.dtype)
     x, shapes = torch.rand(2048, 2048, device=device, dtype=dtype), {}
     for path in filter(None, (args.teacher_model, args.model_name)):
-        files = [safe_open(file, "pt") for file in Path(find_model(path)).glob("*.safetensors")]
+        try:
+            files = [safe_open(file, "pt") for file in Path(find_model(path)).glob("*.safetensors")]
+        except SafetensorError as error:
+            fail(4, f"模型 {path} 的权重读不出来：{error}\n检查文件：python download_model.py --verify {path}")
         shapes[path] = [(name, file.get_slice(name).get_shape()) for file in files for name in file.keys()]  # noqa: SIM118 - not a dict
     sizes = [sum(math.prod(shape) for _, shape in own) for own in shapes.values()]
     widths = sum(sum(shape) for name, shape in shapes[args.model_name] if re.search(r"(layers|h)\.\d+\..*weight$", name))
     kept = args.batch_size * args.max_length * widths * (0.5 if args.gradient_checkpointing else 2.5)  # numbers that wait for the backward pass
     gigabytes = (sum(sizes) * {"none": x.element_size(), "8bit": 1, "4bit": 0.6}[args.quantization] + kept * x.element_size()) / 2**30 + 0.6
+    width, epoch = -(-lengths[-1] // 10), math.ceil(len(lengths) / rows_per_step)  # tokens of a bar, steps of an epoch
     # four products for each weight of the student and two for one of the teacher, at half of the speed of one large product
-    seconds = min(timeit.repeat(lambda: (x @ x).sum().item(), number=1, repeat=5)) * 2 * (sum(sizes) + sizes[-1]) * tokens / (2 * 2048**3) / 0.5
-    return f"{device} 上大约要 {gigabytes:.1f} GB 内存、{seconds / 3600:.1f} 小时（都可能差一倍）"
+    seconds = min(timeit.repeat(lambda: (x @ x).sum().item(), number=1, repeat=5)) * 2 * (sum(sizes) + sizes[-1]) * sum(lengths) * total_steps / epoch / (2 * 2048**3) / 0.5
+    bars = [f"{k * width + 1:6}–{(k + 1) * width:<6}{(n := len([*group])):6} 行 {'█' * math.ceil(40 * n / len(lengths))}"
+            for k, group in itertools.groupby(lengths, key=lambda n: (n - 1) // width)]
+    costs = f"{device} 上大约要 {gigabytes:.1f} GB 内存、{seconds / 3600:.1f} 小时（都可能差一倍）。什么也没有写"
+    return "\n".join(["每行的 token 数：", *bars, f"每步 {rows_per_step} 行，每轮 {epoch} 步，共 {total_steps} 步；{costs}"])
 
 def load_teacher(path: str, tokenizer, student, quantization: str, trust_remote_code: bool, kind: str, temperature: float, top_k: int) -> tuple:
     """(the model in `path` beside `student`, a function that gives the student's distance to it in a step); exit 4 where their tokenizers differ."""
@@ -184,11 +189,12 @@ def main() -> None:
     add = parser.add_argument_group("剪法").add_argument
     add("--method", choices=("layers", "ffn", "magnitude"), default="ffn", help="layers 去掉层，ffn 变窄，magnitude 只置零")
     add("--ratio", type=number(float, 0, 0.95, above=True), default=0.25, help="去掉的比例：层、FFN 宽度或权重")
-    add("--keep_layers", type=number(int, 1), help="layers：留几层；给了就不看 ratio")
+    add("--keep_layers", type=number(int, 1), help="留几层，即 --method layers；给了就不看 ratio")
     add("--scope", choices=("layer", "global", "2:4"), default="layer", help="magnitude：在每个矩阵里比、全部一起比、每四个留两个")
     add("--output_dir", help="写到这个新目录；默认 output/pruned-METHOD")
     args = parse_args(parser)
     path = find_model(args.model_name)
+    args.method = "layers" if args.keep_layers else args.method
     output = Path(args.output_dir or f"output/pruned-{args.method}")
     if output.exists():
         fail(2, f"{output} 已经存在。换一个 --output_dir，或先移走它")
@@ -204,26 +210,24 @@ def main() -> None:
     calibration, test = ([encode(tokenizer, row["messages"], args.max_length) for row in table[:args.calibration_rows]] for table in tables)
     if not calibration or not test:
         fail(3, "--calibration_data 和 --test_data 要有问答行（只有 text 列的文件不行）")
-    model = load_base(path, *pick_device(args.device), trust_remote_code=args.trust_remote_code)
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    model = load_base(path, *pick_device(args.device, "float32" if stored == "float32" else "auto"), trust_remote_code=args.trust_remote_code)
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not layers or not all(hasattr(getattr(layer, "mlp", None), name) for layer in layers for name in ("gate_proj", "up_proj", "down_proj")):
         fail(4, f"{(model.config.architectures or ['这种模型'])[0]} 的层不是 Llama 那样的（gate_proj、up_proj、down_proj），还不会剪")
-    own_dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
     def figures() -> tuple[float, float, float]:
         say("量速度和困惑度 ……")
         return sum(p.numel() for p in model.parameters()) / 1e6, tokens_per_second(model, test[:4]), perplexity(model, test)
-    before, note = figures(), ""
+    before = figures()
     say(f"在 {len(calibration)} 行 {args.calibration_data} 上量重要性 ……" if args.method != "magnitude" else "置零 ……")
     if args.method == "layers":
         note = f"去掉第 {'、'.join(str(i + 1) for i in drop_layers(model, calibration, n_keep))} 层，剩 {n_keep} 层"
     elif args.method == "ffn":
-        # a multiple of 32: GPUs and GGUF's blocks want it
-        n_keep = max(1, round(width * (1 - args.ratio) / 32)) * 32 if width >= 64 else max(1, round(width * (1 - args.ratio)))
+        n_keep = max(1, round(width * (1 - args.ratio) / 32)) * 32 if width >= 64 else max(1, round(width * (1 - args.ratio)))  # GGUF wants 32s
         narrow_ffn(model, calibration, n_keep)
         note = f"FFN 宽度 {width} → {n_keep}"
     else:
-        zeros = zero_small_weights(model, args.ratio, args.scope)
-        note = f"{zeros:.1%} 的权重成了 0；文件一个字节也没有省，不用专门的稀疏计算也不会变快"
+        note = f"{zero_small_weights(model, args.ratio, args.scope):.1%} 的权重成了 0；文件一个字节也没有省，不用专门的稀疏计算也不会变快"
     after = figures()
 
     # ---- An ordinary smaller model, that gets its name when it is whole ----
@@ -231,7 +235,7 @@ def main() -> None:
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir(parents=True)
-        model.to(own_dtype).save_pretrained(staging)
+        model.to(getattr(torch, stored)).save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         staging.rename(output)
     finally:

@@ -28,7 +28,7 @@ from common import (TEMPLATE_DATE, encode, end_token_ids, fail, find_model, fing
                     number, parse_args, pick_device, run_script, say, sha256, text_ids, visible)
 
 # flags that may differ between a run and its continuation; any other would make it another run
-MAY_CHANGE = {"num_epochs", "max_steps", "eval_every", "save_every", "save_total_limit", "logging_steps", "report_to", "early_stopping_patience", "device"}
+MAY_CHANGE = {"num_epochs", "max_steps", "eval_every", "save_every", "save_total_limit", "logging_steps", "report_to", "early_stopping_patience", "device", "trust_remote_code"}
 
 def arguments(saved: dict | None = None) -> argparse.Namespace:
     """The command line; `saved` are the settings of a run to resume, taken where nothing is typed."""
@@ -86,7 +86,7 @@ def arguments(saved: dict | None = None) -> argparse.Namespace:
     add("--report_to", choices=("tensorboard", "wandb", "none"), default="tensorboard", help="曲线写到哪里")
     add("--dry_run", action="store_true", help="只看数据、估计内存和时间，不训练")
     add("--resume_from_checkpoint", metavar="auto|DIR", help="接着训练：auto 找最新的，或给 checkpoint 目录")
-    parser.set_defaults(**{**(saved or {}), "trust_remote_code": False})  # a checkpoint may come from anywhere
+    parser.set_defaults(**{**(saved or {}), "trust_remote_code": False, "config": None})  # a checkpoint may come from anywhere, and has read its file
     return parse_args(parser)
 
 def preview(tokenizer, input_ids: list[int], labels: list[int]) -> str:
@@ -172,11 +172,13 @@ def can_pack(model, rows: list) -> bool:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
     probe = [(ids[:32 - 8 * n], ids[:32 - 8 * n], "") for n, (ids, _, _) in enumerate(rows[:2])]
-    usual = model.config._attn_implementation
+    usual, head, config = model.config._attn_implementation, model.get_output_embeddings(), model.config.get_text_config()
+    window = 0 if getattr(config, "attn_logit_softcapping", None) else getattr(config, "sliding_window", None) or math.inf  # rows are seen whole
     with torch.no_grad(), contextlib.suppress(TypeError, ValueError, RuntimeError, AttributeError):
         apart = sum(loss_sum(model, [row], packed=False)[0].item() for row in probe)
         model.config._attn_implementation = "packed"
-        if math.isclose(apart, loss_sum(model, probe, packed=True)[0].item(), rel_tol=1e-4 if model.dtype == torch.float32 else 1e-2):
+        plain = type(head) is torch.nn.Linear and head.bias is None and all(len(ids) <= window for ids, _, _ in rows)
+        if plain and math.isclose(apart, loss_sum(model, probe, packed=True)[0].item(), rel_tol=1e-4 if model.dtype == torch.float32 else 1e-2):
             return True
     model.config._attn_implementation = usual
     return False
@@ -232,6 +234,8 @@ def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
     """The checkpoint to go on from: `auto` takes the newest sound one, naming those it skips, None if there are none; a named one is taken or refused."""
     runs = [Path(output_dir)] if output_dir else sorted(Path("output").glob("*/"), key=lambda p: -p.stat().st_mtime)
     found = next((c for c in map(checkpoints, runs) if c), []) if where == "auto" else [Path(where)]
+    if where != "auto" and output_dir and Path(output_dir).resolve() != Path(where).resolve().parent:
+        fail(2, f"{where} 只能在它自己的目录里接着训练：去掉 --output_dir {output_dir}")
     for candidate in found:
         if not (problem := damage(candidate)):
             return candidate
@@ -260,11 +264,13 @@ def main() -> None:
     rows = random.Random(args.seed).sample(rows, min(len(rows), args.max_samples or len(rows)))
     n_val = 0 if args.val_data else min(math.ceil(len(rows) * args.val_ratio), len(rows) - 1)
     val_rows, val_dropped = load_rows(args.val_data, **reading) if args.val_data else (rows[:n_val], [])
-    rows, dropped = rows[n_val:], dropped + val_dropped
+    held = {row["where"] for row in rows[:n_val]}  # a file that counts twice has copies of them among the rest
+    rows, dropped = [row for row in rows[n_val:] if row["where"] not in held] or rows[n_val:], dropped + val_dropped
     cut = {}  # where: (tokens, whether the answer lost its end)
     def tokenize(row: dict) -> tuple[list[int], list[int], str]:
         if "text" in row:
-            full = full_labels = text_ids(tokenizer, row["text"], first=True) + [tokenizer.eos_token_id]
+            ids, bos = text_ids(tokenizer, row["text"], first=True), [i for i in tokenizer("").input_ids[:1] if i == tokenizer.bos_token_id]
+            full = full_labels = bos * (ids[:1] != bos) + ids + [tokenizer.eos_token_id]
             ids = labels = full[:args.max_length]
         else:
             system = [{"role": "system", "content": args.system}] if args.system and row["messages"][0]["role"] != "system" else []
@@ -293,29 +299,24 @@ def main() -> None:
         say(f"{title}，{where}（{'绿色' if sys.stderr.isatty() else '【】里'}是要学的）：\n{preview(tokenizer, ids, labels)}")
     if args.dry_run:
         from prune_model import estimate
-        width = -(-lengths[-1] // 10)
-        return say("每行的 token 数：", *(f"{k * width + 1:6}–{(k + 1) * width:<6}{(n := len([*group])):6} 行 {'█' * math.ceil(40 * n / len(lengths))}"
-                                    for k, group in itertools.groupby(lengths, key=lambda n: (n - 1) // width)),
-                   f"每步 {rows_per_step} 行，每轮 {steps_per_epoch} 步，共 {total_steps} 步；{estimate(args, sum(lengths) * total_steps / steps_per_epoch)}。什么也没有写", sep="\n")
+        return say(estimate(args, lengths, rows_per_step, total_steps))
 
     folder = Path(args.output_dir or time.strftime("output/llama-lora-%Y%m%d_%H%M%S"))
     if not resume and ((folder / "final_model").exists() or checkpoints(folder)):
         fail(2, f"{folder} 里已经有训练结果。接着训练加 --resume_from_checkpoint auto；重新训练换一个 --output_dir")
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - released when the process ends, however it ends
-    with contextlib.suppress(ImportError):  # Windows has no fcntl
-        import fcntl
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(2, f"另一个训练正在用 {folder}。等它结束，或换一个 --output_dir")
+    import filelock  # torch brings it
+    try:
+        (lock := filelock.FileLock(folder / ".lock")).acquire(timeout=0)  # noqa: F841 - held until the process ends, however it ends
+    except filelock.Timeout:
+        fail(2, f"另一个训练正在用 {folder}。等它结束，或换一个 --output_dir")
     for stale in folder.glob(".tmp-*"):
         shutil.rmtree(stale)
     if args.report_to == "wandb":
         importlib.import_module("wandb").init(project="lora", name=folder.name, config=vars(args), dir=folder, sync_tensorboard=True)
 
     # ---- 2. Device, model, LoRA ----
-    if args.quantization == "none" and args.optim != "paged_adamw_8bit":
+    if args.quantization == "none" and args.optim != "paged_adamw_8bit" and "quantization_config" not in Path(model_path, "config.json").read_text("utf-8"):
         sys.modules.setdefault("bitsandbytes", None)  # PEFT imports it wherever it is installed: 1.4 s for nothing
     import peft
     import torch
@@ -329,21 +330,20 @@ def main() -> None:
         fail(2, f"--optim paged_adamw_8bit 只能在 CUDA 上用，这里是 {device}。改用 --optim adamw_torch")
     torch.manual_seed(args.seed)
     model = load_base(model_path, device, dtype, args.quantization, args.trust_remote_code)
-    if lengths[-1] > (window := getattr(model.config, "max_position_embeddings", None) or lengths[-1]):
-        fail(2, f"最长的一行有 {lengths[-1]} token，这个模型最多 {window}：用 --max_length {window}")
-    if max(max(ids) for ids, _, _ in train_data) >= model.get_input_embeddings().num_embeddings:
+    if (longest := max(len(ids) for ids, _, _ in train_data + val_data)) > (window := getattr(model.config, "max_position_embeddings", None) or longest):
+        fail(2, f"最长的一行有 {longest} token，这个模型最多 {window}：用 --max_length {window}")
+    if max(max(ids) for ids, _, _ in train_data + val_data) >= model.get_input_embeddings().num_embeddings:
         fail(4, f"tokenizer 的编号超出了模型的词表（{model.get_input_embeddings().num_embeddings}）：两者不是一套，请重新下载模型")
     targets = args.target_modules or "all-linear"  # attention and FFN projections, not the output head
-    targets = targets[0] if len(targets) == 1 and set(targets[0]) & set(".*|\\^$(") else targets  # one regex
-    lora = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": targets,
-            "use_rslora": args.peft_method == "rslora", "use_dora": args.peft_method == "dora"}
-    try:
-        model = peft.get_peft_model(model, peft.LoraConfig(**lora, task_type="CAUSAL_LM"))  # the LoRA weights are fp32 whatever the base is
+    targets = targets[0] if len(targets) == 1 and set(targets[0]) & set(".*|\\^$(-") else targets  # one regex, or all-linear
+    try:  # the LoRA weights are fp32 whatever the base is
+        model = peft.get_peft_model(model, peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=targets,
+                                                           use_rslora=args.peft_method == "rslora", use_dora=args.peft_method == "dora", task_type="CAUSAL_LM"))
     except ValueError as error:
         fail(2, f"--target_modules 在这个模型里找不到：{str(error).splitlines()[0][:160]}")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    teach, kd_ratio, packed = None, args.kd_ratio if args.teacher_model else 0.0, args.fast and can_pack(model, train_data)
+    teach, kd_ratio, packed = None, args.kd_ratio if args.teacher_model else 0.0, args.fast and can_pack(model, train_data + val_data)
     if args.teacher_model:
         from prune_model import load_teacher
         teacher, teach = load_teacher(args.teacher_model, tokenizer, model, args.quantization, args.trust_remote_code, args.kd_loss, args.kd_temperature, args.kd_top_k)
@@ -379,7 +379,7 @@ def main() -> None:
         entries = {**load_file(resume / "optimizer.safetensors"), **state["optimizer"]}
         moments = {i: {key.partition(".")[2]: v for key, v in entries.items() if key.startswith(f"{i}.")} for i in range(len(parameters))}
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-        scaler.load_state_dict(state["scaler"])
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # another device may need no scaler, or a new one
         with contextlib.suppress(OSError, ValueError), open(folder / "metrics.jsonl", encoding="utf-8") as file:
             history += (metric for metric in map(json.loads, file) if metric["step"] <= start_step)  # a crash may leave half a last line
         if start_step > total_steps:
@@ -442,7 +442,7 @@ def main() -> None:
                 total_loss = sum(loss_sum(model, batch, packed)[0].item() for batch in micro_batches(val_data, budget, packed))
             model.train()
             val_loss = total_loss / sum(t != -100 for _, labels, _ in val_data for t in labels[1:])
-            is_best = val_loss < best
+            is_best = val_loss < best or best_step == 0 < step and math.isfinite(val_loss)  # of the trained ones, even if none beats the base
             best, best_step, bad_evals = (val_loss, step, 0) if is_best else (best, best_step, bad_evals + 1)
             record(step, {"val_loss": round(val_loss, 6), "epoch": round(step / steps_per_epoch, 4)})
             note = "微调前" if step == 0 else "目前最好" if is_best else f"最好的是第 {best_step} 步的 {best:.4f}"
@@ -454,7 +454,7 @@ def main() -> None:
         if (due or step == start_step) and (free := shutil.disk_usage(folder).free) < (need := 13 * trainable):  # the adapter and two moments, fp32
             fail(6, f"磁盘满了：存一个 checkpoint 要 {need / 1e6:.1f} MB，{folder} 那里还剩 {free / 1e6:.1f} MB。已有的 checkpoint 完好；腾出空间后加 --resume_from_checkpoint auto 接着训练")
         if due:
-            values = {f"{i}.{key}": v for i, entry in optimizer.state_dict()["state"].items() for key, v in entry.items()}
+            values = {f"{i}.{key}": v for i, entry in torch.optim.Optimizer.state_dict(optimizer)["state"].items() for key, v in entry.items()}  # unwrapped
             state = {**run, "step": step, "losses": losses, "best": best if best < math.inf else None, "best_step": best_step, "bad_evals": bad_evals,
                      "scaler": scaler.state_dict(), "optimizer": {key: v for key, v in values.items() if not torch.is_tensor(v)}}
             if bad := next((name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()), None):
@@ -463,7 +463,7 @@ def main() -> None:
                 model.save_pretrained(staging, save_embedding_layers=False)
                 tokenizer.save_pretrained(staging)
                 (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-                save_file({key: v.contiguous() for key, v in values.items() if torch.is_tensor(v)}, staging / "optimizer.safetensors")
+                save_file({key: v.clone() if "qmap" in key else v.contiguous() for key, v in values.items() if torch.is_tensor(v)}, staging / "optimizer.safetensors")
                 (staging / "state.json").write_text(json.dumps(state, ensure_ascii=False, indent=1), encoding="utf-8")
             for old in [p for p in checkpoints(folder) if int(p.name[11:]) <= step and p.name != f"checkpoint-{best_step}" and not damage(p)][args.save_total_limit:]:
                 discard(old)
@@ -526,7 +526,7 @@ def main() -> None:
 
     bar.close()
     if stopped_by:
-        say(f"{f'已保存到 {folder}/checkpoint-{step}' if step else '还没有做完一步'}。继续：python train.py --output_dir {folder} --resume_from_checkpoint auto")
+        say(f"已保存到 {folder}/checkpoint-{step}。继续：python train.py --output_dir {folder} --resume_from_checkpoint auto" if step else "还没有做完一步，什么也没有存。重新运行同样的命令")
         sys.exit(128 + stopped_by)
 
     # ---- 5. The best adapter becomes final_model ----

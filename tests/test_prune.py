@@ -132,3 +132,9 @@ def test_an_interrupted_save_leaves_no_half_model(data, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prune(base, data, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_number_of_layers_to_keep_is_the_method_layers(data, tmp_path):
+    base = model_with(tmp_path / "base")
+    pruned = prune(base, data, tmp_path / "out", "--keep_layers", 3)
+    assert json.loads((pruned / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"] == 3

@@ -205,7 +205,7 @@ def test_the_dry_runs_estimate_is_within_a_factor_of_two_of_what_was_measured(de
     def gigabytes(**flags):
         args = argparse.Namespace(**{"device": "cpu", "dtype": "auto", "model_name": demo, "batch_size": 2, "max_length": 512, "gradient_checkpointing": False,
                                      "quantization": "none", "teacher_model": None, **flags})
-        return float(re.search(r"大约要 (\S+) GB", prune_model.estimate(args, 1e6))[1])
+        return float(re.search(r"大约要 (\S+) GB", prune_model.estimate(args, [250] * 4000, 16, 250))[1])
 
     assert 2 < gigabytes() < 8  # 4.0 GB on the machine where this was written
     assert gigabytes(batch_size=4) > gigabytes() + 1
@@ -229,8 +229,9 @@ def test_a_models_own_code_runs_only_when_it_is_typed(tiny, data, tmp_path, monk
     run("train.py", *flags, "--trust_remote_code")
     assert (tmp_path / "ran").exists()
     again = ("train.py", "--resume_from_checkpoint", folder / "checkpoint-1", "--max_steps", 2)
-    call(*again, code=2)
-    assert "trust_remote_code：True → False" in capfd.readouterr().err  # the word of a checkpoint is not taken for it
+    (tmp_path / "ran").unlink()
+    call(*again, code=4)  # the word of a checkpoint is not taken for it
+    assert "--trust_remote_code" in capfd.readouterr().err and not (tmp_path / "ran").exists()
     run(*again, "--trust_remote_code")
     ask = ("inference.py", "--lora_weights", folder, "--prompt", "试用期？", "--max_new_tokens", 2)
     call(*ask, code=4)
@@ -482,3 +483,129 @@ def test_training_from_the_command_line_takes_the_flags_of_other_tutorials(tiny,
     assert "Traceback" not in result.stderr
     settings = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["args"]
     assert (settings["num_epochs"], settings["batch_size"], settings["max_length"], settings["lora_r"]) == (1, 4, 200, 4)
+
+
+def test_the_states_of_an_8_bit_optimizer_are_saved_and_resumed(tiny, data, tmp_path, monkeypatch):
+    from bitsandbytes.optim import AdamW8bit
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(torch.optim, "AdamW", AdamW8bit)  # on a card it is chosen with 4 bit; its code for the CPU keeps the same states
+    flags = ["--lora_r", 64, "--val_ratio", 0, "--batch_size", 2, "--gradient_accumulation_steps", 1, "--num_epochs", 1, "--save_every", 2, "--save_total_limit", 4]
+    whole = train(tiny, data, tmp_path / "whole", *flags)
+    kinds = {v.dtype for v in load_file(whole / "checkpoint-2" / "optimizer.safetensors").values()}
+    assert torch.uint8 in kinds and torch.float32 in kinds
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    for later in ("final_model", "checkpoint-4"):
+        shutil.rmtree(part / later)
+    call("train.py", "--resume_from_checkpoint", part / "checkpoint-2")
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        assert (part / "checkpoint-4" / name).read_bytes() == (whole / "checkpoint-4" / name).read_bytes()
+
+
+def test_a_resumed_run_keeps_what_was_typed_over_its_config_file(tiny, data, tmp_path, capsys):
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"dataset_name: 别的.csv\nnum_epochs: 5\nmodel_name: {tiny}\nval_ratio: 0\nreport_to: none\n", encoding="utf-8")
+    folder = tmp_path / "run"
+    call("train.py", "--config", config, "--dataset_name", data, "--num_epochs", 2, "--output_dir", folder, "--save_every", 1, "--save_total_limit", 4)
+    shutil.rmtree(folder / "final_model")
+    shutil.rmtree(folder / "checkpoint-2")
+    config.unlink()
+    capsys.readouterr()
+    call("train.py", "--output_dir", folder, "--resume_from_checkpoint", "auto")
+    assert "→" not in capsys.readouterr().err and (folder / "checkpoint-2").is_dir() and (folder / "final_model").is_dir()
+
+
+def test_a_named_checkpoint_is_not_continued_in_another_folder(tiny, data, tmp_path, capsys):
+    folder = train(tiny, data, tmp_path / "run", "--num_epochs", 1, "--val_ratio", 0)
+    call("train.py", "--resume_from_checkpoint", folder / "checkpoint-1", "--output_dir", tmp_path / "other", code=2)
+    assert "去掉 --output_dir" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    call("train.py", "--resume_from_checkpoint", folder / "checkpoint-1", "--output_dir", f"{folder}/../run")
+
+
+def test_no_copy_of_a_validation_row_is_learned(tiny, data, tmp_path):
+    folder = train(tiny, f"{data}:2.0", tmp_path / "run", "--num_epochs", 1, "--val_ratio", 0.25)
+    learned = set(json.loads((folder / "run.json").read_text(encoding="utf-8"))["row_sha256"])
+    assert 4 <= len(learned) <= 6  # 4 of the 16 rows are held out: 2 to 4 of the 8 questions
+
+
+def test_a_share_that_rounds_to_no_row_is_one_row(tiny, data, tmp_path):
+    folder = train(tiny, f"{data}:0.001", tmp_path / "run", "--max_steps", 1)
+    assert len(json.loads((folder / "run.json").read_text(encoding="utf-8"))["row_sha256"]) == 1
+
+
+def test_the_best_trained_step_is_kept_where_none_is_better_than_the_base(tiny, data, tmp_path, monkeypatch, capsys):
+    import train as script
+
+    loss_sum, trained = script.loss_sum, []
+
+    def base_knows_it_all(model, *arguments, **options):
+        loss, distance = loss_sum(model, *arguments, **options)
+        trained.extend([True] * loss.requires_grad)
+        return loss if trained else loss * 0.01, distance
+
+    monkeypatch.setattr(script, "loss_sum", base_knows_it_all)
+    other = write_csv(tmp_path / "val.csv", zip(QUESTIONS, reversed(ANSWERS)))
+    folder = train(tiny, data, tmp_path / "run", "--num_epochs", 40, "--learning_rate", 5e-3, "--lr_scheduler", "constant", "--val_data", other, "--eval_every", 4,
+                   "--save_every", 4)
+    val = {m["step"]: m["val_loss"] for m in metrics(folder) if "val_loss" in m}
+    best = min((step for step in val if step), key=val.get)
+    assert val[best] > val[0] and best < 40, val  # else this test says nothing
+    assert (folder / "final_model" / "adapter_model.safetensors").read_bytes() == (folder / f"checkpoint-{best}" / "adapter_model.safetensors").read_bytes()
+    assert f"→ {val[best]:.4f}（第 {best} 步）" in capsys.readouterr().err
+
+
+def test_rows_longer_than_a_sliding_window_are_learned_through_it(data, tmp_path):
+    base = Path(make_model(tmp_path / "base", "mistral"))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(config | {"sliding_window": 40}), encoding="utf-8")
+    flags = ["--lora_dropout", 0, "--val_ratio", 0, "--num_epochs", 1, "--batch_size", 2, "--gradient_accumulation_steps", 2]
+    long = write_csv(tmp_path / "long.csv", [(q, a * 8) for q, a in zip(QUESTIONS, ANSWERS)])
+    fast, naive = ([m["loss"] for m in metrics(train(base, long, tmp_path / flag, *flags, f"--{flag}"))] for flag in ("fast", "no_fast"))
+    assert fast == pytest.approx(naive, rel=1e-5)
+
+
+def test_text_learned_whole_begins_like_a_prompt(tmp_path, capsys):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    base = make_model(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    begin = [("<|begin_of_text|>", tokenizer.bos_token_id)]  # as the real Llama's tokenizer does
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=begin)
+    tokenizer.save_pretrained(base)
+    texts = write_csv(tmp_path / "text.csv", [("第一条 为了保护民事主体的合法权益。",), ("<|begin_of_text|>第二条 调整平等主体。",)], header=("text",))
+    call("train.py", "--model_name", base, "--dataset_name", texts, "--val_ratio", 0, "--dry_run")
+    rows = re.findall("^【(.*)】$", capsys.readouterr().err, re.MULTILINE)
+    assert len(rows) == 3 and all(row.startswith("<|begin_of_text|>第") and row.count("<|begin_of_text|>") == 1 for row in rows)
+
+
+def test_the_default_one_of_several_chat_templates_is_used(tmp_path, data, capsys):
+    from transformers import AutoTokenizer
+
+    base = make_model(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": "{% for m in messages %}[{{ m['content'] }}]{% endfor %}", "tool_use": "{{ raise_exception('no') }}"}
+    tokenizer.save_pretrained(base)
+    call("train.py", "--model_name", base, "--dataset_name", data, "--dry_run")
+    assert re.search(r"\[试用期最长多久？\]|\[\S+？\]", capsys.readouterr().err)
+
+
+def test_a_dry_run_names_weights_that_are_cut_short(tmp_path, data, capsys):
+    base = Path(make_model(tmp_path / "base"))
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    call("train.py", "--model_name", base, "--dataset_name", data, "--dry_run", code=4)
+    assert "--verify" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["MPS backend out of memory (MPS allocated: 9.05 GB)", "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"])
+def test_too_little_memory_is_known_by_the_words_of_every_device(words, capsys):
+    from common import run_script
+
+    def main():
+        raise RuntimeError(words)
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert stop.value.code == 6 and "--batch_size" in capsys.readouterr().err
