@@ -23,7 +23,7 @@ import time
 import unicodedata
 from pathlib import Path
 
-from common import fail, load_rows, parse_args, run_script, say, visible
+from common import SUFFIXES, fail, load_rows, parse_args, run_script, say, visible
 from inference import conversation, find_adapter, generate, generation_options, load_adapter, load_model, make_inference_parser, read_questions, run_record
 
 VERDICTS = {"better": "更好", "worse": "更差", "higher": "更高", "lower": "更低", "no difference shown": "看不出差别"}
@@ -239,7 +239,9 @@ def main() -> None:
     add("--report", help="写一个网页，例如 report.html")
     add("--json", help="全部数字和回答写到这个 JSON 文件")
     args = parse_args(parser)
-    if not args.prompt and Path(args.test_file).suffix in (".csv", ".tsv", ".json", ".jsonl"):
+    for path in filter(None, (args.json, args.report)):
+        open(path, "a", encoding="utf-8").close()  # what cannot be written shows now, not after the answers
+    if not args.prompt and Path(args.test_file).suffix.lower() in SUFFIXES:
         rows = [row for row in load_rows(args.test_file)[0] if "messages" in row] or fail(3, f"{args.test_file} 里没有问题和回答两列")
     else:
         rows = [{"messages": conversation(question)} for question in ([args.prompt] if args.prompt else read_questions(args.test_file))]
@@ -253,6 +255,7 @@ def main() -> None:
             fail(4, f"{adapter} 的基础模型和 {adapters[0]} 的不同，请分开比较")
 
     # ---- Every question by the base, then by each adapter ----
+    from evaluate_model import answer_loss, collect
     from tqdm import tqdm
     talks, answers = [with_system(row["messages"], args.system) for row in rows], []
     asked = [talk[:-1] if talk[-1]["role"] == "assistant" else talk for talk in talks]
@@ -266,12 +269,11 @@ def main() -> None:
                 if bar.disable:  # a log shows no bar, and minutes without a word look like a hang
                     say(f"{'微调' if name else '原始'}模型答完了 {len(rows)} 个问题")
                 if asked != talks:
-                    from evaluate_model import answer_loss
                     for answer, talk in zip(answers[-1], talks):
                         answer["nll"], answer["nll_tokens"] = answer_loss(model, tokenizer, talk)
 
     # ---- Side by side; "微调回答长度: N" is what people grep for ----
-    heads = [("原始", ""), *(("微调", f"（{Path(adapter).parent.name}）" if len(adapters) > 1 else "") for adapter in adapters)]
+    heads = [("原始", ""), *(("微调", "（" + "/".join(Path(adapter).parts[-2:]).removesuffix("/final_model") + "）" if len(adapters) > 1 else "") for adapter in adapters)]
     for i, talk in enumerate(asked):
         print(f"{'=' * 78}\n[{i + 1}/{len(rows)}] 问题: {visible(talk[-1]['content'])}\n")
         for (title, note), own in zip(heads, answers):
@@ -286,7 +288,6 @@ def main() -> None:
 
     # ---- Figures: those that need a reference where there is one ----
     if asked != talks or args.report or args.json:
-        from evaluate_model import collect
         results = {"title": "微调前后对比", "warnings": [], **collect(rows, answers, ["".join(head) for head in heads], args.seed),
                    **describe_run(model, adapters, args, args.prompt or args.test_file)}
         print_table(metric_table(results["metrics"], results["models"]))

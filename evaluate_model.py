@@ -193,13 +193,18 @@ def main() -> None:
     args = parse_args(parser)
     if len(args.lora_weights or []) > 1:
         fail(2, "一次评估一个 LoRA；几个一起比：python compare_models.py --lora_weights A --lora_weights B --test_file 测试表.csv")
+    log_path = Path(args.output).with_suffix(".jsonl")
+    if Path(args.output).suffix != ".csv" or Path(args.test_data).resolve() in (Path(args.output).resolve(), log_path.resolve()):
+        fail(2, f"--output 应是一个 .csv 文件，它和旁边的 {log_path.name} 都不能是测试数据。换一个名字，例如 --output evaluation_results.csv")
+    if args.report:
+        open(args.report, "a", encoding="utf-8").close()  # what cannot be written shows now, not after the answers
 
     # ---- 1. The questions, and whether they were trained on ----
     groups = set(args.metrics or set(GROUPS) - CLASSIFICATION) | (CLASSIFICATION if args.label_scoring else set())
     rows, dropped = load_rows(args.test_data)
-    rows = [row for row in rows[:args.limit] if len(row.get("messages", ())) > 1] or fail(3, f"{args.test_data} 里没有问题和参考回答两列")
+    rows = [row for row in rows if len(row.get("messages", ())) > 1] or fail(3, f"{args.test_data} 里没有问题和参考回答两列")
     probe = load_rows(str(Path(__file__).with_name("datasets") / "general_probe.csv"))[0] if "probe" in groups else []
-    labels = sorted({row["messages"][-1]["content"] for row in rows}) if groups & CLASSIFICATION else []
+    labels, rows = sorted({row["messages"][-1]["content"] for row in rows}) if groups & CLASSIFICATION else [], rows[:args.limit]
     if len(labels) > 100:
         fail(3, f"{args.test_data} 有 {len(labels)} 种参考回答，不像分类数据。去掉 --metrics 和 --label_scoring，按文字评估")
     adapter = None if args.use_original_model else find_adapter(args.lora_weights and args.lora_weights[0])
@@ -226,8 +231,8 @@ def main() -> None:
         longest_first = sorted(part, key=lambda i: -len(encode(tokenizer, talks[i][:-1])[0]))
         batches += [longest_first[k:k + args.answer_batch_size] for k in range(0, len(part), args.answer_batch_size)]
     job = {"基础模型": fingerprint((model.get_base_model() if adapter else model).name_or_path), "题目": sha256(json.dumps(talks)), "指标": sorted(groups),
-           "LoRA": adapter and sha256(Path(adapter, "adapter_model.safetensors").read_bytes()), "生成参数": generation_options(args), "标签": labels}
-    log_path, done = Path(args.output).with_suffix(".jsonl"), {}
+           "LoRA": adapter and sha256(Path(adapter, "adapter_model.safetensors").read_bytes()), "生成参数": generation_options(args), "标签": [labels, args.label_scoring], "量化": args.quantization}
+    done = {}
     if args.resume and log_path.is_file():
         former, *lines = log_path.read_text(encoding="utf-8").splitlines() or ["{}"]
         if changed := [name for name, value in job.items() if json.loads(former).get(name) != value]:

@@ -9,13 +9,14 @@
 """
 
 import argparse
+import importlib.util
 import json
 import re
 import sys
 import time
 from pathlib import Path
 
-from common import (decode, encode, end_token_ids, fail, find_model, fingerprint, load_base, load_rows, load_tokenizer, make_parser, number, parse_args,
+from common import (SUFFIXES, decode, encode, end_token_ids, fail, find_model, fingerprint, load_base, load_rows, load_tokenizer, make_parser, number, parse_args,
                     pick_device, run_script, say, sha256, visible)
 
 HELP = """/help           显示这些命令
@@ -56,8 +57,8 @@ def generation_options(args) -> dict:
 
 def read_questions(path: str) -> list[str]:
     """The lines of a text file but for blank ones and # comments, or the questions of a data file."""
-    if Path(path).suffix in (".csv", ".tsv", ".json", ".jsonl"):
-        return [row["messages"][-2]["content"] for row in load_rows(path)[0]]
+    if Path(path).suffix.lower() in SUFFIXES:
+        return [row["text"] if "text" in row else row["messages"][-2]["content"] for row in load_rows(path)[0]]
     if not Path(path).is_file():
         fail(2, f"没有问题文件 {path}；它应该是文本，一行一个问题")
     lines = [line.strip() for line in decode(Path(path).read_bytes(), path)[0].splitlines()]
@@ -99,21 +100,20 @@ def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: b
     import torch
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
-    problems = []
-    base = (model.get_base_model() if hasattr(model, "peft_config") else model).name_or_path
+    problems, base = [], (model.get_base_model() if hasattr(model, "peft_config") else model).name_or_path
     try:
         weights = load_file(Path(adapter, "adapter_model.safetensors"))
         if hasattr(model, "peft_config"):
-            model.load_adapter(adapter, name)
+            model.load_adapter(adapter, name, torch_device=str(model.device))
         else:
-            model = PeftModel.from_pretrained(model, adapter, name)
+            model = PeftModel.from_pretrained(model, adapter, name, torch_device=str(model.device))
     except Exception as error:  # noqa: BLE001 - missing, truncated, wrong shape, broken config: a dozen unrelated types
         fail(4, f"LoRA {adapter} 装不到 {base} 上：{str(error).splitlines()[0][:200]}")
     if bad := next((key for key, value in weights.items() if not torch.isfinite(value).all()), None):
         problems.append(f"权重 {bad} 里有 NaN 或无穷大")
     if not any(value.any() for key, value in weights.items() if "lora_B" in key):
         problems.append("权重全是零，等于没有训练过")
-    if different := set(weights) ^ set(get_peft_model_state_dict(model, adapter_name=name)):
+    if different := set(weights) ^ set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=any(".base_layer." in key for key in weights))):
         problems.append(f"权重名和模型对不上，例如 {min(different)}")
     for file, entry in read_json_file(Path(adapter, "manifest.json")).get("files", {}).items():
         if not Path(adapter, file).is_file() or sha256(Path(adapter, file).read_bytes()) != entry["sha256"]:
@@ -165,8 +165,8 @@ def roomy_cache(model):
 def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 0.9, top_k: int = 50,
              repetition_penalty: float = 1.0, seed: int = 42, answer_batch_size: int = 32, streamer=None, progress=None) -> list[dict]:
     """Answers to `conversations`, in their order: {"text", "tokens", "stopped", "seconds"} each; greedy at temperature 0. Prompts of like
-    length go together, padded on the left, and each greedy answer is the one it would be alone (in fp32); a drawn one depends on its
-    neighbours, so those are made one by one. `stopped`: the model ended by itself. `seconds`: a batch's time divided by its rows.
+    length go together, padded on the left, and each greedy answer is the one it would be alone (in fp32); one that is drawn or
+    penalised depends on its neighbours, and a long prompt leaves them less room, so those are made one by one. `stopped`: the model ended by itself. `seconds`: a batch's time divided by its rows.
     `progress` is called with the number of answers done."""
     import torch
     prompts = [encode(tokenizer, messages)[0] for messages in conversations]
@@ -175,10 +175,10 @@ def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: 
     window = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = {"do_sample": True, **drawn} if temperature > 0 else {"do_sample": False, **dict.fromkeys(drawn)}
-    rows_at_once = 1 if temperature > 0 else answer_batch_size
+    together = temperature == 0 and repetition_penalty == 1 and max(map(len, prompts), default=0) + max_new_tokens <= window
     answers: list[dict] = [{} for _ in prompts]
-    for start in range(0, len(order), rows_at_once):
-        rows = order[start:start + rows_at_once]
+    for start in range(0, len(order), answer_batch_size if together else 1):
+        rows = order[start:start + (answer_batch_size if together else 1)]
         width = len(prompts[rows[0]])
         if width >= window:
             fail(2, f"问题有 {width} token，超过了模型的上限 {window}。缩短问题再试")
@@ -189,7 +189,7 @@ def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: 
         began = time.perf_counter()
         with torch.inference_mode():
             output = model.generate(input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=min(max_new_tokens, window - width), eos_token_id=ends,
-                                    past_key_values=roomy_cache(model), pad_token_id=tokenizer.pad_token_id, repetition_penalty=repetition_penalty, streamer=streamer, **sampling)
+                                    past_key_values=roomy_cache(model), use_cache=True, pad_token_id=tokenizer.pad_token_id, repetition_penalty=repetition_penalty, streamer=streamer, **sampling)
         seconds = (time.perf_counter() - began) / len(rows)
         for i, ids in zip(rows, output[:, width:].tolist()):
             end = next((k for k, token in enumerate(ids) if token in ends), None)
@@ -205,8 +205,8 @@ def generate_response(model, tokenizer, question: str, args=None) -> str:
     return clean_repeats(answer) if getattr(args, "clean_repeats", False) else answer
 
 def clean_repeats(text: str) -> str:
-    """`text` without a tail that says one unit of 2 to 80 characters three times or more; one of them stays."""
-    tail = re.search(r"(.{2,80}?)\1{2,}.{0,80}$", text, re.DOTALL)
+    """`text` without a tail that says one unit of 2 to 80 characters three times or more; one of them stays. Not noughts and blanks to fill in."""
+    tail = re.search(r"(?![\d\s_.…—=-]{2})(.{2,80}?)\1{2,}.{0,80}$", text, re.DOTALL)
     return text[:tail.end(1) + (text[tail.end(1)] in "。！？；.!?")] if tail else text
 
 # ---- 4. Chat ----
@@ -222,6 +222,8 @@ def chat(model, tokenizer, args) -> None:
 
     window = getattr(model.config, "max_position_embeddings", 4096) - args.max_new_tokens
     system, turns = args.system, []
+    sys.stdin.reconfigure(errors="replace")  # half a character must not end the chat
+    importlib.util.find_spec("readline") and importlib.import_module("readline")  # arrow keys, and lines of any length
     say("开始聊天。/help 看命令，/exit 退出")
     while True:
         try:
@@ -255,7 +257,7 @@ def chat(model, tokenizer, args) -> None:
             printer = Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
             try:
                 answer = generate(model, tokenizer, [head + turns], streamer=printer, **generation_options(args))[0]["text"]
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):  # a question that is too long has been told so
                 print("（已停下）")
                 answer = printer.said.strip()
             turns = turns + [{"role": "assistant", "content": answer}] if answer else turns[:-1]
@@ -279,22 +281,20 @@ def main() -> None:
     args.system = run_record(adapter).get("args", {}).get("system") if args.system is None else args.system
     if args.interactive:
         return chat(model, tokenizer, args)
+    out = open(args.output, "a", encoding="utf-8") if args.output else sys.stdout  # noqa: SIM115 - what cannot be written shows now, not after the answers
     from tqdm import tqdm
     with tqdm(total=len(questions), desc="回答", disable=len(questions) == 1 or not sys.stderr.isatty()) as bar:
         answers = generate(model, tokenizer, [conversation(q, args.system) for q in questions], **generation_options(args),
                            progress=lambda n: bar.update(n - bar.n))
-    lines = []
-    for question, answer in zip(questions, answers):
-        text = clean_repeats(answer["text"]) if args.clean_repeats else answer["text"]
-        if args.output and args.output.endswith(".jsonl"):
-            lines.append(json.dumps({"question": question, "answer": text, "stopped": answer["stopped"]}, ensure_ascii=False))
-        else:
-            lines.append(f"问：{visible(question)}\n答：{visible(text)}\n" if args.prompt_file else visible(text))
-    if args.output:
-        Path(args.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        say(f"{len(answers)} 个回答写到 {args.output}")
+    texts = [clean_repeats(answer["text"]) if args.clean_repeats else answer["text"] for answer in answers]
+    if (args.output or "").endswith(".jsonl"):
+        lines = [json.dumps({"question": q, "answer": text, "stopped": a["stopped"]}, ensure_ascii=False) for q, text, a in zip(questions, texts, answers)]
     else:
-        print("\n".join(lines))
+        lines = [f"问：{visible(q)}\n答：{visible(text)}\n" if args.prompt_file else visible(text) for q, text in zip(questions, texts)]
+    if args.output:
+        out.truncate(0)
+        say(f"{len(answers)} 个回答写到 {args.output}")
+    print("\n".join(lines), file=out, flush=True)
 
 if __name__ == "__main__":
     run_script(main)

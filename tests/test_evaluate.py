@@ -343,3 +343,24 @@ def test_the_probe_has_20_questions_with_short_answers_that_no_question_gives_aw
     for question, answers in rows:
         assert not mentioned(question, answers.split("|")), question
         assert len(answers.split("|")[0]) <= 8 and len(make_tokenizer("qwen")(question).input_ids) < 200
+
+
+def test_the_test_data_are_never_overwritten(tiny, data, tmp_path, capsys):
+    table = tmp_path / "客服.jsonl"
+    table.write_text(json.dumps({"instruction": QUESTIONS[0], "output": ANSWERS[0]}), encoding="utf-8")
+    before = table.read_bytes()
+    for output in ("客服.csv", "results.jsonl"):
+        call("evaluate_model.py", "--base_model", tiny, "--use_original_model", "--test_data", table, "--output", tmp_path / output, code=2)
+        assert "--output" in capsys.readouterr().err
+    assert table.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["客服.jsonl"]
+
+
+def test_labels_are_those_of_the_whole_table_and_another_way_to_score_is_another_evaluation(tiny, tmp_path, capsys):
+    table = write_csv(tmp_path / "classes.csv", [("甲", "合法"), ("乙", "合法"), ("丙", "违法"), ("丁", "违法")])
+    flags = ["--base_model", tiny, "--use_original_model", "--test_data", table, "--metrics", "accuracy", "--limit", 2]
+    results = evaluate(tmp_path, *flags, "--label_scoring")
+    text = json.dumps(results, ensure_ascii=False)
+    assert "违法" in text
+    evaluate(tmp_path, *flags, "--resume", code=2)
+    assert "标签不同" in capsys.readouterr().err
+    evaluate(tmp_path, *flags, "--label_scoring", "--resume")

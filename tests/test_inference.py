@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ANSWERS, QUESTIONS, ROOT, make_model, run, train
+from conftest import ANSWERS, QUESTIONS, ROOT, call, make_model, run, train, write_csv
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +235,62 @@ def test_no_script_of_ours_reads_pickles_or_remote_code():
     for path in [*ROOT.glob("*.py")]:
         text = path.read_text(encoding="utf-8")
         assert "pickle.load" not in text and "torch.load" not in text and "trust_remote_code=True" not in text, Path(path).name
+
+
+def test_questions_come_from_any_table(learned, tmp_path):
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": QUESTIONS[0]}, ensure_ascii=False), encoding="utf-8")
+    shutil.copy(write_csv(tmp_path / "qa.csv", zip(QUESTIONS[:1], ANSWERS)), tmp_path / "QA.CSV")
+    for name in ("texts.jsonl", "QA.CSV"):
+        said = run("inference.py", "--lora_weights", learned, "--prompt_file", tmp_path / name, "--max_new_tokens", 80).stdout
+        assert said == f"问：{QUESTIONS[0]}\n答：{ANSWERS[0]}\n\n"
+
+
+@pytest.mark.parametrize(("script", "flag"), [("inference.py", "--output"), ("compare_models.py", "--json"), ("compare_models.py", "--report"), ("evaluate_model.py", "--report")])
+def test_a_file_that_cannot_be_written_is_said_before_the_first_answer(learned, data, tmp_path, script, flag, monkeypatch):
+    import inference
+
+    monkeypatch.setattr(inference, "generate", lambda *_, **__: pytest.fail("answered first"))
+    monkeypatch.chdir(tmp_path)
+    source = {"inference.py": "--prompt_file", "compare_models.py": "--test_file", "evaluate_model.py": "--test_data"}[script]
+    with pytest.raises(FileNotFoundError):
+        call(script, "--lora_weights", learned, source, data, flag, tmp_path / "missing" / "file.out")
+
+
+def test_an_answer_does_not_depend_on_penalised_padding_or_a_long_neighbour(tiny):
+    from inference import generate, load_model
+
+    base = load_model(tiny)  # which never ends by itself
+    base[1].pad_token = "<|end_of_text|>"
+    questions = [QUESTIONS[0], QUESTIONS[1] * 8]
+    for options in ({"repetition_penalty": 1.3, "max_new_tokens": 40}, {"max_new_tokens": 400}):
+        alone = [generate(*base, chats([q]), **options)[0]["text"] for q in questions]
+        assert [a["text"] for a in generate(*base, chats(questions), **options)] == alone
+
+
+def test_a_base_that_was_saved_without_a_cache_answers_the_same(tiny, learned, tmp_path):
+    from inference import generate, load_model
+
+    base = shutil.copytree(tiny, tmp_path / "base")
+    path = base / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"use_cache": False}), encoding="utf-8")
+    model, tokenizer = load_model(str(base), str(learned / "final_model"))
+    assert model.generation_config.use_cache is False
+    assert [a["text"] for a in generate(model, tokenizer, chats(QUESTIONS), max_new_tokens=80)] == ANSWERS
+
+
+def test_amounts_and_blanks_to_fill_in_are_no_repeats():
+    from inference import clean_repeats
+
+    for text in ("注册资本为 1000000 元。", "签名：__________ 日期：______", "第一……………………第二"):
+        assert clean_repeats(text) == text
+    assert clean_repeats("答案。" + "你好吗" * 20) == "答案。你好吗"
+
+
+def test_half_a_character_and_a_question_too_long_do_not_end_the_chat(learned):
+    import subprocess
+    import sys
+
+    lines = "借".encode("gbk") + b"\n" + (QUESTIONS[0] * 300).encode() + f"\n{QUESTIONS[0]}\n".encode()
+    done = subprocess.run([sys.executable, ROOT / "inference.py", "--interactive", "--lora_weights", learned, "--max_new_tokens", "80"], input=lines, capture_output=True, check=False)
+    assert done.returncode == 0 and "缩短问题" in done.stderr.decode()
+    assert ANSWERS[0] in done.stdout.decode()
