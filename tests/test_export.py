@@ -512,3 +512,17 @@ def test_the_demo_model_with_a_trained_adapter_answers_the_same_in_llama_cpp(dem
     print("MEASURED f16 and q8_0 merged, then base + adapter:", same)
     merged_f16, merged_q8_0, adapter_f16, adapter_q8_0 = map(int, same)
     assert (merged_f16, adapter_f16) == (8, 8) and min(merged_q8_0, adapter_q8_0) >= 7
+
+
+def test_the_modelfile_has_the_sampling_flags(llama):
+    words = (llama[2] / "Modelfile").read_text(encoding="utf-8")
+    assert all(f"PARAMETER {line}\n" in words for line in ("temperature 0.7", "top_p 0.9", "top_k 50", "repeat_penalty 1.0"))
+
+
+def test_two_adapters_and_a_broken_config_are_refused(llama, tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{", encoding="utf-8")
+    call("export_model.py", "--lora_weights", tmp_path / "adapter", "--output_dir", tmp_path / "out", code=4)
+    assert "adapter_config.json" in capsys.readouterr().err
+    call("export_model.py", "--base_model", llama[0], "--lora_weights", llama[1], "--lora_weights", llama[1], "--output_dir", tmp_path / "out", code=2)
+    assert "一次导出一个" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -217,3 +217,33 @@ def test_a_data_set_of_a_hub_is_downloaded_only_when_named_so(tmp_path, monkeypa
     (tmp_path / "data" / "train-00000.parquet").write_text("instruction,output\n问,答\n又问,又答\n", encoding="utf-8")
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(snapshot_download=lambda name, **options: str(tmp_path)))
     assert len(load_rows(f"{hub}:ORG/NAME:train")[0]) == 2 and len(load_rows(f"{hub}:ORG/NAME:1")[0]) == 1
+
+
+def test_a_folder_is_never_written_over_by_a_part_of_itself(tmp_path):
+    prepare(write_csv(tmp_path / "qa.csv", zip(QUESTIONS, ANSWERS)), tmp_path / "out", "--val_ratio", 0.25, "--test_ratio", 0.25)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert "会被覆盖" in prepare(tmp_path / "out", tmp_path / "out", "--overwrite", code=2).stderr
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_what_is_replaced_goes_only_when_the_new_files_are_whole(tmp_path, monkeypatch):
+    import sys
+
+    import prepare_data
+
+    source = write_csv(tmp_path / "qa.csv", zip(QUESTIONS, ANSWERS))
+    prepare(source, tmp_path / "out", "--val_ratio", 0.25, "--format", "csv")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.csv")}
+    assert before
+
+    def broken(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare_data, "write_records", broken)
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--input", source, "--output_dir", str(tmp_path / "out"), "--overwrite"])
+    with pytest.raises(OSError, match="No space"):
+        prepare_data.main()
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.csv")} == before
+    monkeypatch.undo()
+    prepare(source, tmp_path / "out", "--val_ratio", 0.25, "--overwrite")
+    assert not list((tmp_path / "out").glob("*.csv"))
