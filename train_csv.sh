@@ -35,22 +35,22 @@ else
         done
         [ -n "${found:-}" ] || { say "错误：需要 Python 3.10 或更新的版本。安装后再运行 ./train_csv.sh"; exit 2; }
         say "建立 .venv（$("$found" --version)）…"
-        "$found" -m venv .venv || { say "错误：不能建立 .venv。Debian/Ubuntu 先运行：apt install python3-venv"; rm -rf .venv; exit 6; }
+        "$found" -m venv --clear .venv || { say "错误：不能建立 .venv。Debian/Ubuntu 先运行：apt install python3-venv"; rm -rf .venv; exit 6; }
     fi
-    if ! cmp -s requirements.txt .venv/.installed; then
+    if ! cmp -s requirements.txt .venv/.installed || ! satisfied "$python"; then
         say "安装 requirements.txt（只在第一次和它改动之后，需要几分钟）…"
         "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt >&2 \
-            || { say "错误：安装没有完成。检查网络或 pip 镜像后再运行 ./train_csv.sh"; exit 6; }
+            || { say "错误：安装没有完成。检查网络或 pip 镜像后再运行 ./train_csv.sh；还不行就删掉 .venv 再试"; exit 6; }
         cp requirements.txt .venv/.installed
     fi
 fi
-if [ "${1:-}" = "--setup_only" ]; then echo "$python"; exit 0; fi
+if [ "${1:-}" = "--setup_only" ] || [ "${1:-}" = "--setup-only" ]; then echo "$python"; exit 0; fi
 
 # ---- 2. Model: the one asked for, Llama-3.2-3B if it is there, else the demo model ----
 llama=./models/LLM-Research/Llama-3.2-3B-Instruct
 extra=()
 case " $* " in
-*" --model"[_-]name* | *" --base"[_-]model* | *" --resume"[_-]from* | *" --help "* | *" -h "*) ;;
+*" --config"[\ =]* | *" --model"[_-]name* | *" --base"[_-]model* | *" --resume"[_-]from* | *" --help "* | *" -h "*) ;;
 *)
     if [ -f "$llama/config.json" ]; then
         say "基础模型：$llama"
