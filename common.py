@@ -264,7 +264,7 @@ def stream_rows(path: str, encoding: str | None = None, columns: str | None = No
     """One by one the rows that load_rows gives, and a sentence in the place of each that is dropped."""
     wanted = dict(pair.partition("=")[::2] for pair in re.split("[,，]", columns)) if columns else {}
     files = sorted(str(p) for p in Path(path).iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] not in ".~") if os.path.isdir(path) else [path]
-    for file in [file for file in files if re.search("(?<![a-z])train", Path(file).name)] or files or [path]:  # of a folder that is split already, the part to learn
+    for file in [file for file in files if re.search("(?<![a-z])train|train(?![a-z])", Path(file).name)] or files or [path]:  # of a folder that is split already, the part to learn
         mapped: dict = {}
         for line, record in read_table(file, encoding, frozenset(map(str.lower, itertools.chain(wanted.values(), *COLUMNS.values())))):
             where = f"{file}:{line}"
@@ -456,7 +456,7 @@ def load_base(path: str, device: str, dtype, quantization: str = "none", trust_r
         return model.to(device).eval() if quantization == "none" else model.eval()
     except Exception as error:  # noqa: BLE001 - broken files raise a dozen unrelated types
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
-            fail(6, f"内存不够，装不下模型 {path}。换小一些的模型，或在 CUDA 上加 --use_4bit")
+            fail(6, f"内存不够，装不下模型 {path}。换小一些的模型，或在 CUDA 上加 --use_4bit，或加 --device cpu")
         fail(4, f"模型 {broken} 读不出来：{str(error).splitlines()[0][:200]}\n检查文件：python download_model.py --verify {path}")
 
 def sha256(data: str | bytes) -> str:

@@ -101,6 +101,7 @@ def verify(folder: Path) -> None:
 
 def download(model: str, revision: str | None, source: str, endpoint: str, folder: Path) -> None:
     """Fetch a model's files into `folder`, going on where an earlier try broke off; the clients check each file's hash."""
+    endpoint = endpoint if "://" in endpoint else f"https://{endpoint}"
     if not reachable(endpoint):
         fail(6, f"连不上 {endpoint}。检查网络或代理后再运行同样的命令（会接着下载）；\n换一个镜像：--endpoint 网址；换一个来源：--source "
                 f"{'huggingface' if source == 'modelscope' else 'modelscope'}；不用网站的小模型：python download_model.py --demo")
@@ -162,7 +163,7 @@ def main() -> None:
     add("--model", default="LLM-Research/Llama-3.2-3B-Instruct", help="ORG/NAME")
     add("--revision", help="版本；默认 master（ModelScope）或 main")
     add("--source", choices=tuple(ENDPOINTS), default="modelscope", help="来源：modelscope、huggingface")
-    add("--endpoint", type=lambda url: url if "://" in url else f"https://{url}", help="镜像地址；默认用来源的官方网站")
+    add("--endpoint", help="镜像地址；默认用来源的官方网站")
     add("--demo", action="store_true", help="准备小的演示模型 SmolLM2-135M-Instruct")
     add("--verify", metavar="DIR", help="只核对这个模型目录的文件大小和 sha256")
     args = parse_args(parser)

@@ -206,8 +206,8 @@ def generate_response(model, tokenizer, question: str, args=None) -> str:
 
 def clean_repeats(text: str) -> str:
     """`text` without a tail that says one unit of 2 to 80 characters three times or more; one of them stays. Not noughts and blanks to fill in."""
-    tail = re.search(r"(?![\d\s_.…—=-]{2})(.{2,80}?)\1{2,}.{0,80}$", text, re.DOTALL)
-    return text[:tail.end(1) + (text[tail.end(1)] in "。！？；.!?")] if tail else text
+    tail = re.search(r"(?!([\d\s_.…—=-]{2,80}?)\1{2})(.{2,80}?)\2{2,}.{0,80}$", text, re.DOTALL)
+    return text[:tail.end(2) + (text[tail.end(2)] in "。！？；.!?")] if tail else text
 
 # ---- 4. Chat ----
 
@@ -292,7 +292,7 @@ def main() -> None:
     else:
         lines = [f"问：{visible(q)}\n答：{visible(text)}\n" if args.prompt_file else visible(text) for q, text in zip(questions, texts)]
     if args.output:
-        out.truncate(0)
+        out = open(args.output, "w", encoding="utf-8")  # noqa: SIM115 - it ends with the program
         say(f"{len(answers)} 个回答写到 {args.output}")
     print("\n".join(lines), file=out, flush=True)
 

@@ -264,8 +264,8 @@ def main() -> None:
     rows = random.Random(args.seed).sample(rows, min(len(rows), args.max_samples or len(rows)))
     n_val = 0 if args.val_data else min(math.ceil(len(rows) * args.val_ratio), len(rows) - 1)
     val_rows, val_dropped = load_rows(args.val_data, **reading) if args.val_data else (rows[:n_val], [])
-    held = {row["where"] for row in rows[:n_val]}  # a file that counts twice has copies of them among the rest
-    rows, dropped = [row for row in rows[n_val:] if row["where"] not in held] or rows[n_val:], dropped + val_dropped
+    held = {str(row) for row in rows[:n_val]}  # a file that counts twice has copies of them among the rest
+    rows, dropped = [row for row in rows[n_val:] if str(row) not in held] or rows[n_val:], dropped + val_dropped
     cut = {}  # where: (tokens, whether the answer lost its end)
     def tokenize(row: dict) -> tuple[list[int], list[int], str]:
         if "text" in row:

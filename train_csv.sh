@@ -50,7 +50,8 @@ if [ "${1:-}" = "--setup_only" ] || [ "${1:-}" = "--setup-only" ]; then echo "$p
 llama=./models/LLM-Research/Llama-3.2-3B-Instruct
 extra=()
 case " $* " in
-*" --config"[\ =]* | *" --model"[_-]name* | *" --base"[_-]model* | *" --resume"[_-]from* | *" --help "* | *" -h "*) ;;
+*" --model"[_-]name* | *" --base"[_-]model* | *" --resume"[_-]from* | *" --help "* | *" -h "*) ;;
+*" --config"[\ =]*) [ -d models ] || "$python" download_model.py --demo >/dev/null || true ;;  # it may name a model or leave it to the demo
 *)
     if [ -f "$llama/config.json" ]; then
         say "基础模型：$llama"

@@ -148,6 +148,8 @@ def test_an_unknown_model_name_is_an_error(tmp_path):
 def test_an_address_without_a_scheme_and_a_folder_that_is_no_model_get_a_sentence(tmp_path):
     said = run("download_model.py", "--source", "huggingface", "--endpoint", "127.0.0.1:9", "--model", "a/b", cwd=tmp_path, code=6).stderr
     assert "https://127.0.0.1:9" in said and "--endpoint" in said
+    said = run("download_model.py", "--source", "huggingface", "--model", "a/b", cwd=tmp_path, code=6, env={"HF_ENDPOINT": "127.0.0.1:8"}).stderr
+    assert "https://127.0.0.1:8" in said
     assert "删掉" not in run("download_model.py", "--verify", tmp_path, code=4).stderr
     base = Path(make_model(tmp_path / "base"))
     (base / ".files.json").write_text("{", encoding="utf-8")

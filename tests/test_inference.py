@@ -1,5 +1,6 @@
 """inference.py and compare_models.py: batches answer like single questions, chats remember, adapters that do not fit are refused."""
 
+import importlib
 import json
 import re
 import shutil
@@ -247,9 +248,7 @@ def test_questions_come_from_any_table(learned, tmp_path):
 
 @pytest.mark.parametrize(("script", "flag"), [("inference.py", "--output"), ("compare_models.py", "--json"), ("compare_models.py", "--report"), ("evaluate_model.py", "--report")])
 def test_a_file_that_cannot_be_written_is_said_before_the_first_answer(learned, data, tmp_path, script, flag, monkeypatch):
-    import inference
-
-    monkeypatch.setattr(inference, "generate", lambda *_, **__: pytest.fail("answered first"))
+    monkeypatch.setattr(importlib.import_module(Path(script).stem), "generate", lambda *_, **__: pytest.fail("answered first"))
     monkeypatch.chdir(tmp_path)
     source = {"inference.py": "--prompt_file", "compare_models.py": "--test_file", "evaluate_model.py": "--test_data"}[script]
     with pytest.raises(FileNotFoundError):
@@ -284,6 +283,7 @@ def test_amounts_and_blanks_to_fill_in_are_no_repeats():
     for text in ("注册资本为 1000000 元。", "签名：__________ 日期：______", "第一……………………第二"):
         assert clean_repeats(text) == text
     assert clean_repeats("答案。" + "你好吗" * 20) == "答案。你好吗"
+    assert clean_repeats("赔偿2000元2000元2000元2000元") == "赔偿2000元"
 
 
 def test_half_a_character_and_a_question_too_long_do_not_end_the_chat(learned):

@@ -462,5 +462,5 @@ def test_leftovers_in_a_folder_are_not_data(tmp_path):
     for name in (".tmp-train.csv", "._train.csv", "~$train.csv"):
         (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
     assert pairs(load_rows(str(tmp_path))[0]) == ROWS[:4]
-    write_csv(tmp_path / "qa-train.csv", ROWS[4:5])
+    write_csv(tmp_path / "legaltrain.csv", ROWS[4:5])
     assert pairs(load_rows(str(tmp_path))[0]) == ROWS[4:5]

@@ -529,6 +529,13 @@ def test_no_copy_of_a_validation_row_is_learned(tiny, data, tmp_path):
     assert 4 <= len(learned) <= 6  # 4 of the 16 rows are held out: 2 to 4 of the 8 questions
 
 
+def test_rows_of_one_long_line_are_not_copies_of_each_other(tiny, data, tmp_path, capsys):
+    path = tmp_path / "array.json"
+    path.write_text(json.dumps([{"instruction": q, "output": a} for q, a in zip(QUESTIONS, ANSWERS)], ensure_ascii=False), encoding="utf-8")
+    call("train.py", "--model_name", tiny, "--dataset_name", path, data, "--val_ratio", 0.25, "--dry_run")
+    assert "训练 12 行，验证 4 行" in capsys.readouterr().err
+
+
 def test_a_share_that_rounds_to_no_row_is_one_row(tiny, data, tmp_path):
     folder = train(tiny, f"{data}:0.001", tmp_path / "run", "--max_steps", 1)
     assert len(json.loads((folder / "run.json").read_text(encoding="utf-8"))["row_sha256"]) == 1
