@@ -43,6 +43,7 @@ ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "bot": "assis
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
 FOREIGN = {rb"\x1f\x8b|BZh|\xfd7zXZ|Rar!|7z\xbc": "压缩包，请先解压", rb"\xd0\xcf\x11\xe0": "旧版 Excel（.xls），请另存为 .xlsx", rb"%PDF": "PDF，请把内容放进表格",
            rb"\s*<(?i:!doctype|html|\?xml|table)": "网页（HTML），请在 Excel 里打开后另存为 .xlsx"}
+OUT_OF_MEMORY = "out of memory|can't allocate memory"  # in the words of CUDA, MPS and the CPU, whose errors have no type in common
 
 # ---- 1. Words to the user ----
 
@@ -455,7 +456,7 @@ def load_base(path: str, device: str, dtype, quantization: str = "none", trust_r
             raise ValueError(f"缺少权重 {min(info['missing_keys'])}")  # the library would draw it at random
         return model.to(device).eval() if quantization == "none" else model.eval()
     except Exception as error:  # noqa: BLE001 - broken files raise a dozen unrelated types
-        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+        if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
             fail(6, f"内存不够，装不下模型 {path}。换小一些的模型，或在 CUDA 上加 --use_4bit，或加 --device cpu")
         fail(4, f"模型 {broken} 读不出来：{str(error).splitlines()[0][:200]}\n检查文件：python download_model.py --verify {path}")
 
@@ -494,6 +495,6 @@ def run_script(main) -> None:
             fail(6, f"不能读写 {error.filename}：{error.strerror}。已完成的 checkpoint 没有受影响")
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(r"No space left|os error (27|28|122)\b|requested and \d+ written", str(error)):
             fail(6, "磁盘满了。腾出空间后再运行同样的命令；已完成的 checkpoint 没有受影响")
-        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):  # of CUDA, MPS and CPU
+        if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
             fail(6, "内存不够。训练：--batch_size 减半、--gradient_accumulation_steps 加倍（结果一样），或加 --gradient_checkpointing；回答：减小 --answer_batch_size")
         raise

@@ -95,7 +95,7 @@ def broken_file(folder: Path) -> str:
 def verify(folder: Path) -> None:
     """Exit 4 naming the first damaged file of the model in `folder`, and the cure."""
     if problem := broken_file(folder):
-        there = any((folder / word).is_file() for word in problem.split())
+        there = (folder / problem.split()[0]).is_file()  # the sentence begins with the file's name
         cure = "删掉这个文件，再运行同样的下载命令补上它" if there else "目录写错了就改正；没有下载完就再运行同样的下载命令；只有 .bin 权重的模型不能用，换一个"
         fail(4, f"{folder}：{problem}。\n{cure}")
 

@@ -263,10 +263,10 @@ def main() -> None:
     instruction = f"判断下面的文本属于哪一类，只回答类别。类别：{'、'.join(sorted(names))}" if classify else ""
     header = {"text": ["text"], "messages": ["messages"], "qa": ["question", "answer"], "alpaca": ["instruction", "input", "output"]}[format_type]
     header += ["system"] * ("system" in kinds and format_type in ("qa", "alpaca"))
-    written = [files[split] for split in SPLITS if split in splits]
-    for split in filter(splits.__contains__, SPLITS):
+    written = [split for split in SPLITS if split in splits]
+    for split in written:
         write_records(files[split], (make_record(read(i), format_type, instruction) for i in range(n) if splits[i] == split), header)
-    for path in set(old) - set(written):  # only now that the new ones are whole
+    for path in set(old) - {files[split] for split in written}:  # only now that the new ones are whole
         path.unlink()
 
     # ---- Report ----

@@ -266,10 +266,10 @@ def main() -> None:
     val_rows, val_dropped = load_rows(args.val_data, **reading) if args.val_data else (rows[:n_val], [])
     held = {str(row) for row in rows[:n_val]}  # a file that counts twice has copies of them among the rest
     rows, dropped = [row for row in rows[n_val:] if str(row) not in held] or rows[n_val:], dropped + val_dropped
-    cut = {}  # where: (tokens, whether the answer lost its end)
+    cut, bos = {}, [i for i in tokenizer("").input_ids[:1] if i == tokenizer.bos_token_id]  # {where: (tokens, whether the answer lost its end)}
     def tokenize(row: dict) -> tuple[list[int], list[int], str]:
         if "text" in row:
-            ids, bos = text_ids(tokenizer, row["text"], first=True), [i for i in tokenizer("").input_ids[:1] if i == tokenizer.bos_token_id]
+            ids = text_ids(tokenizer, row["text"], first=True)
             full = full_labels = bos * (ids[:1] != bos) + ids + [tokenizer.eos_token_id]
             ids = labels = full[:args.max_length]
         else:

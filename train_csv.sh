@@ -44,7 +44,7 @@ else
         cp requirements.txt .venv/.installed
     fi
 fi
-if [ "${1:-}" = "--setup_only" ] || [ "${1:-}" = "--setup-only" ]; then echo "$python"; exit 0; fi
+if [[ "${1:-}" = --setup[_-]only ]]; then echo "$python"; exit 0; fi
 
 # ---- 2. Model: the one asked for, Llama-3.2-3B if it is there, else the demo model ----
 llama=./models/LLM-Research/Llama-3.2-3B-Instruct

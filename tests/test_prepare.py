@@ -227,8 +227,6 @@ def test_a_folder_is_never_written_over_by_a_part_of_itself(tmp_path):
 
 
 def test_what_is_replaced_goes_only_when_the_new_files_are_whole(tmp_path, monkeypatch):
-    import sys
-
     import prepare_data
 
     source = write_csv(tmp_path / "qa.csv", zip(QUESTIONS, ANSWERS))
