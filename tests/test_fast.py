@@ -90,6 +90,29 @@ def test_the_fast_dropout_mask_has_dropouts_statistics(p):
     assert fast_dropout(dropout.eval(), x) is x
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_fast_lora_layer_gives_pefts_outputs_and_gradients(architecture, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import Linear
+    from transformers import AutoModelForCausalLM
+
+    from train import fast_lora
+
+    torch.manual_seed(5)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(make_model(tmp_path, architecture)),
+                           LoraConfig(r=4, lora_alpha=12, use_rslora=True, target_modules="all-linear", init_lora_weights=False))
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    for layer in layers:
+        x = torch.randn(2, 5, layer.in_features, requires_grad=True)
+        weights = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        usual, fast = layer(x), fast_lora(layer, x)
+        direction = torch.randn_like(usual)
+        assert close(fast, usual) and not close(fast, layer.base_layer(x))
+        for theirs, ours in zip(*(torch.autograd.grad(y, weights, direction) for y in (usual, fast))):
+            assert close(ours, theirs)
+    assert len(layers) == {"llama": 14, "gpt2": 8}[architecture]
+
+
 def test_a_run_without_dropout_is_the_naive_run(tiny, data, tmp_path):
     flags = ["--lora_dropout", 0, "--val_ratio", 0.25, "--num_epochs", 3, "--batch_size", 2, "--gradient_accumulation_steps", 2, "--learning_rate", 5e-3]
     runs = [metrics(train(tiny, data, tmp_path / flag, *flags, f"--{flag}")) for flag in ("fast", "no_fast")]
