@@ -227,10 +227,6 @@ def describe_run(model, adapters: list[str], args, questions: str) -> dict:
             "settings": {"基础模型": base, "LoRA": "、".join(adapters), "题目": questions, "系统提示词": args.system, **generation_options(args),
                          **{f"训练 {name}": value for adapter in adapters[:1] for name, value in run_record(adapter).get("args", {}).items()}}}
 
-def with_system(messages: list[dict], system: str | None) -> list[dict]:
-    """`messages` after the system prompt, unless they have their own."""
-    return [*([{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []), *messages]
-
 def main() -> None:
     parser = make_inference_parser(__doc__)
     add = parser.add_argument_group("问题").add_argument
@@ -244,9 +240,12 @@ def main() -> None:
     if not args.prompt and Path(args.test_file).suffix.lower() in SUFFIXES:
         rows = [row for row in load_rows(args.test_file)[0] if "messages" in row] or fail(3, f"{args.test_file} 里没有问题和回答两列")
     else:
-        rows = [{"messages": conversation(question)} for question in ([args.prompt] if args.prompt else read_questions(args.test_file))]
+        rows = [{"messages": talk} for talk in ([conversation(args.prompt)] if args.prompt else read_questions(args.test_file))]
     adapters = [find_adapter(path) for path in args.lora_weights or [None]]
-    args.system = run_record(adapters[0]).get("args", {}).get("system") if args.system is None else args.system
+    systems = [run_record(adapter).get("args", {}).get("system") or "" for adapter in adapters]
+    if args.system is None and len(set(systems)) > 1:
+        say(f"警告：这些 LoRA 训练时的系统提示词不同，这里都用第一个的：{visible(systems[0]) or '（没有）'}。要换就写 --system")
+    args.system = systems[0] if args.system is None else args.system
     model, tokenizer = load_model(args.base_model, adapters[0], args.device, force=args.force, quantization=args.quantization,
                                   trust_remote_code=args.trust_remote_code)
     for n, adapter in enumerate(adapters[1:], 2):
@@ -257,7 +256,7 @@ def main() -> None:
     # ---- Every question by the base, then by each adapter ----
     from evaluate_model import answer_loss, collect
     from tqdm import tqdm
-    talks, answers = [with_system(row["messages"], args.system) for row in rows], []
+    talks, answers = [conversation(row["messages"], args.system) for row in rows], []
     asked = [talk[:-1] if talk[-1]["role"] == "assistant" else talk for talk in talks]
     with tqdm(total=len(rows) * (1 + len(adapters)), desc="回答", disable=not sys.stderr.isatty()) as bar:
         for name in [None, *model.peft_config]:

@@ -19,8 +19,8 @@ from collections import Counter
 from pathlib import Path
 
 from common import encode, fail, fingerprint, load_rows, number, parse_args, read_table, run_script, say, sha256, visible
-from compare_models import describe_run, find_citations, metric_table, print_table, versus, with_system, write_page
-from inference import find_adapter, generate, generation_options, load_model, make_inference_parser, run_record
+from compare_models import describe_run, find_citations, metric_table, print_table, versus, write_page
+from inference import conversation, find_adapter, generate, generation_options, load_model, make_inference_parser, run_record
 
 # key: (its name for --metrics, title, 1 = more is better, -1 = less is, 0 = neither)
 METRICS = {
@@ -209,7 +209,7 @@ def main() -> None:
         fail(3, f"{args.test_data} 有 {len(labels)} 种参考回答，不像分类数据。去掉 --metrics 和 --label_scoring，按文字评估")
     adapter = None if args.use_original_model else find_adapter(args.lora_weights and args.lora_weights[0])
     run, warnings = run_record(adapter), [f"跳过 {line}" for line in dropped]
-    hashes = {row["where"]: sha256(re.sub(r"\s", "", unicodedata.normalize("NFKC", row["messages"][-2]["content"])))[:16] for row in rows}
+    hashes = {row["where"]: sha256("".join(unicodedata.normalize("NFKC", row["messages"][-2]["content"]).split()))[:16] for row in rows}
     if adapter and "row_sha256" not in run:
         warnings.append("训练记录 run.json 里没有训练行的指纹 row_sha256，没法查测试题是不是训练过")
     if seen := [where for where, digest in hashes.items() if digest in set(run.get("row_sha256", ()))]:
@@ -223,7 +223,7 @@ def main() -> None:
     model, tokenizer = load_model(args.base_model, adapter, args.device, force=args.force, quantization=args.quantization,
                                   trust_remote_code=args.trust_remote_code)
     args.system = run.get("args", {}).get("system") if args.system is None else args.system
-    talks = [with_system(row["messages"], args.system) for row in rows + probe]
+    talks = [conversation(row["messages"], args.system) for row in rows + probe]
     for talk in talks[len(rows):]:  # 巴黎|Paris: either will do; the likelihood is that of the first
         talk[-1] = {"role": "assistant", "content": talk[-1]["content"].split("|")[0]}
     batches = []

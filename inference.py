@@ -55,18 +55,19 @@ def generation_options(args) -> dict:
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "answer_batch_size")
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
-def read_questions(path: str) -> list[str]:
-    """The lines of a text file but for blank ones and # comments, or the questions of a data file."""
+def read_questions(path: str) -> list[list[dict]]:
+    """A conversation for each line of a text file but for blank ones and # comments, or for each row of a data file up to its answer."""
     if Path(path).suffix.lower() in SUFFIXES:
-        return [row["text"] if "text" in row else row["messages"][-2]["content"] for row in load_rows(path)[0]]
+        return [conversation(row["text"]) if "text" in row else row["messages"][:-1] for row in load_rows(path)[0]]
     if not Path(path).is_file():
         fail(2, f"没有问题文件 {path}；它应该是文本，一行一个问题")
     lines = [line.strip() for line in decode(Path(path).read_bytes(), path)[0].splitlines()]
-    return [line for line in lines if line and not line.startswith("#")] or fail(3, f"{path} 里没有问题；一行写一个")
+    return [conversation(line) for line in lines if line and not line.startswith("#")] or fail(3, f"{path} 里没有问题；一行写一个")
 
-def conversation(question: str, system: str | None = None) -> list[dict]:
-    """The messages of one question, after a system prompt if there is one."""
-    return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": question}]
+def conversation(asked: str | list[dict], system: str | None = None) -> list[dict]:
+    """The messages of a question, or those given, after the system prompt if there is one and they have none of their own."""
+    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    return [*([{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []), *messages]
 
 # ---- 2. Loading ----
 
@@ -84,11 +85,11 @@ def find_adapter(path: str | None) -> str:
     fail(4, f"{path} 不是 LoRA 目录（里面没有 adapter_config.json）。看看有哪些：ls -d output/*/final_model")
 
 def read_json_file(path: Path) -> dict:
-    """What a JSON file of an adapter holds; exit 4 where it is broken, {} where there is none."""
+    """What a JSON file of an adapter or a model holds; exit 4 where it is broken, {} where there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        fail(4, f"{path} 损坏了，读不出来：{error}。换一个 LoRA：ls -d output/*/final_model")
+        fail(4, f"{path} 损坏了，读不出来：{error}。换一个 LoRA（ls -d output/*/final_model），模型就重新下载")
 
 def run_record(adapter: str | None) -> dict:
     """The run.json of the run that made `adapter`; {} for an adapter from elsewhere."""
@@ -115,6 +116,8 @@ def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: b
         problems.append("权重全是零，等于没有训练过")
     if different := set(weights) ^ set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=any(".base_layer." in key for key in weights))):
         problems.append(f"权重名和模型对不上，例如 {min(different)}")
+    if hasattr(head := model.get_output_embeddings(), "base_layer") and head.base_layer.weight is model.get_input_embeddings().weight:
+        problems.append("lm_head 上有 LoRA，而它和词嵌入是同一个权重，合并会把两个都改掉（inference.py 加 --no_merge 就不合并）")
     for file, entry in read_json_file(Path(adapter, "manifest.json")).get("files", {}).items():
         if not Path(adapter, file).is_file() or sha256(Path(adapter, file).read_bytes()) != entry["sha256"]:
             problems.append(f"{file} 不是训练时写的那个")
@@ -163,11 +166,11 @@ def roomy_cache(model):
     return cache
 
 def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 0.9, top_k: int = 50,
-             repetition_penalty: float = 1.0, seed: int = 42, answer_batch_size: int = 32, streamer=None, progress=None) -> list[dict]:
-    """Answers to `conversations`, in their order: {"text", "tokens", "stopped", "seconds"} each; greedy at temperature 0. Prompts of like
-    length go together, padded on the left, and each greedy answer is the one it would be alone (in fp32); one that is drawn or
-    penalised depends on its neighbours, and a long prompt leaves them less room, so those are made one by one. `stopped`: the model ended by itself. `seconds`: a batch's time divided by its rows.
-    `progress` is called with the number of answers done."""
+             repetition_penalty: float = 1.0, seed: int = 42, answer_batch_size: int = 32, streamer=None, progress=lambda done: None) -> list[dict]:
+    """Answers to `conversations`, in their order: {"text", "tokens", "stopped", "seconds"} each; greedy at temperature 0. Prompts of like length
+    go together, padded on the left, and each greedy answer is the one it would be alone (in fp32); one that is drawn or penalised depends on its
+    neighbours, and a long prompt leaves them less room, so those are made one by one. `stopped`: the model ended by itself. `seconds`: a batch's
+    time divided by its rows. `progress` is called with the number of answers done."""
     import torch
     prompts = [encode(tokenizer, messages)[0] for messages in conversations]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -175,10 +178,10 @@ def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: 
     window = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     sampling = {"do_sample": True, **drawn} if temperature > 0 else {"do_sample": False, **dict.fromkeys(drawn)}
-    together = temperature == 0 and repetition_penalty == 1 and max(map(len, prompts), default=0) + max_new_tokens <= window
+    size = answer_batch_size if temperature == 0 and repetition_penalty == 1 and max(map(len, prompts), default=0) + max_new_tokens <= window else 1
     answers: list[dict] = [{} for _ in prompts]
-    for start in range(0, len(order), answer_batch_size if together else 1):
-        rows = order[start:start + (answer_batch_size if together else 1)]
+    for start in range(0, len(order), size):
+        rows = order[start:start + size]
         width = len(prompts[rows[0]])
         if width >= window:
             fail(2, f"问题有 {width} token，超过了模型的上限 {window}。缩短问题再试")
@@ -193,10 +196,8 @@ def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: 
         seconds = (time.perf_counter() - began) / len(rows)
         for i, ids in zip(rows, output[:, width:].tolist()):
             end = next((k for k, token in enumerate(ids) if token in ends), None)
-            text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-            answers[i] = {"text": text, "tokens": len(ids[:end]), "stopped": end is not None, "seconds": seconds}
-        if progress:
-            progress(start + len(rows))
+            answers[i] = {"text": tokenizer.decode(ids[:end], skip_special_tokens=True).strip(), "tokens": len(ids[:end]), "stopped": end is not None, "seconds": seconds}
+        progress(start + len(rows))
     return answers
 
 def generate_response(model, tokenizer, question: str, args=None) -> str:
@@ -219,7 +220,6 @@ def chat(model, tokenizer, args) -> None:
         def on_finalized_text(self, text, stream_end=False):
             self.said += text
             print(visible(text), end="\n" if stream_end else "", flush=True)
-
     window = getattr(model.config, "max_position_embeddings", 4096) - args.max_new_tokens
     system, turns = args.system, []
     sys.stdin.reconfigure(errors="replace")  # half a character must not end the chat
@@ -275,7 +275,7 @@ def main() -> None:
     args = parse_args(parser)
     if not (args.prompt or args.prompt_file or args.interactive) or len(args.lora_weights or []) > 1:
         fail(2, '加 --interactive 聊天，或 --prompt "问题"，或 --prompt_file FILE；--lora_weights 一次一个，几个一起用 compare_models.py')
-    questions = read_questions(args.prompt_file) if args.prompt_file else [args.prompt]
+    questions = read_questions(args.prompt_file) if args.prompt_file else [conversation(args.prompt)] if args.prompt else []
     adapter = None if args.use_original_model else find_adapter(args.lora_weights and args.lora_weights[0])
     model, tokenizer = load_model(args.base_model, adapter, args.device, args.merge, args.force, args.quantization, args.trust_remote_code)
     args.system = run_record(adapter).get("args", {}).get("system") if args.system is None else args.system
@@ -284,15 +284,15 @@ def main() -> None:
     out = open(args.output, "a", encoding="utf-8") if args.output else sys.stdout  # noqa: SIM115 - what cannot be written shows now, not after the answers
     from tqdm import tqdm
     with tqdm(total=len(questions), desc="回答", disable=len(questions) == 1 or not sys.stderr.isatty()) as bar:
-        answers = generate(model, tokenizer, [conversation(q, args.system) for q in questions], **generation_options(args),
+        answers = generate(model, tokenizer, [conversation(asked, args.system) for asked in questions], **generation_options(args),
                            progress=lambda n: bar.update(n - bar.n))
     texts = [clean_repeats(answer["text"]) if args.clean_repeats else answer["text"] for answer in answers]
     if (args.output or "").endswith(".jsonl"):
-        lines = [json.dumps({"question": q, "answer": text, "stopped": a["stopped"]}, ensure_ascii=False) for q, text, a in zip(questions, texts, answers)]
+        lines = [json.dumps({"question": q[-1]["content"], "answer": text, "stopped": a["stopped"]}, ensure_ascii=False) for q, text, a in zip(questions, texts, answers)]
     else:
-        lines = [f"问：{visible(q)}\n答：{visible(text)}\n" if args.prompt_file else visible(text) for q, text in zip(questions, texts)]
+        lines = [f"问：{visible(q[-1]['content'])}\n答：{visible(text)}\n" if args.prompt_file else visible(text) for q, text in zip(questions, texts)]
     if args.output:
-        out = open(args.output, "w", encoding="utf-8")  # noqa: SIM115 - it ends with the program
+        out.seekable() and out.truncate(0)  # not /dev/stdout
         say(f"{len(answers)} 个回答写到 {args.output}")
     print("\n".join(lines), file=out, flush=True)
 

@@ -94,7 +94,7 @@ def main() -> None:
     add("--threads", type=number(int, 1), default=2, help="线程数")
     add("--out", default="output/benchmarks/generate_speed.json", help="原始数字写到这个文件")
     args = parse_args(parser)
-    questions, repo = read_questions(args.test_file), Path(args.repo).resolve()
+    questions, repo = [asked[-1]["content"] for asked in read_questions(args.test_file)], Path(args.repo).resolve()
     if len(questions) < max(args.questions, args.chat_questions):
         fail(2, f"{args.test_file} 里只有 {len(questions)} 个问题")
     job = {"model": str(Path(args.model).resolve()), "adapter": str(Path(find_adapter(args.adapter)).resolve()), "max_new_tokens": args.max_new_tokens}

@@ -246,6 +246,35 @@ def test_questions_come_from_any_table(learned, tmp_path):
         assert said == f"问：{QUESTIONS[0]}\n答：{ANSWERS[0]}\n\n"
 
 
+def test_a_conversation_in_a_file_is_answered_whole(tiny, data, learned, tmp_path):
+    from inference import generate, load_model
+
+    talk = [{"role": "system", "content": "你是律师"}, *chats([QUESTIONS[1]])[0], {"role": "assistant", "content": ANSWERS[1]}, *chats([QUESTIONS[0]])[0]]
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": [*talk, {"role": "assistant", "content": ANSWERS[0]}]}, ensure_ascii=False), encoding="utf-8")
+    model = load_model(tiny, str(learned / "final_model"), merge=True)
+    wanted, alone = (generate(*model, [asked], max_new_tokens=40)[0]["text"] for asked in (talk, talk[-1:]))
+    run("inference.py", "--lora_weights", learned, "--prompt_file", tmp_path / "talks.jsonl", "--max_new_tokens", 40, "--output", tmp_path / "a.jsonl")
+    assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8"))["answer"] == wanted != alone
+
+
+def test_compare_says_when_adapters_were_trained_with_other_system_prompts(tiny, data, learned, tmp_path):
+    other = train(tiny, data, tmp_path / "other", "--max_steps", 1, "--system", "你是律师")
+    both = ["compare_models.py", "--lora_weights", learned, "--lora_weights", other, "--prompt", QUESTIONS[3], "--max_new_tokens", 2]
+    assert "系统提示词不同" in run(*both).stderr
+    assert "系统提示词不同" not in run(*both, "--system", "").stderr
+
+
+def test_a_lora_on_a_head_that_is_the_embedding_is_not_folded(tmp_path, data):
+    base = Path(make_model(tmp_path / "tied", "qwen3"))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}), encoding="utf-8")
+    from safetensors.torch import load_file, save_file
+    save_file({key: x for key, x in load_file(base / "model.safetensors").items() if key != "lm_head.weight"}, base / "model.safetensors", {"format": "pt"})
+    adapter = train(base, data, tmp_path / "run", "--max_steps", 2, "--target_modules", "q_proj", "lm_head")
+    assert "lm_head" in run("inference.py", "--lora_weights", adapter, "--prompt", "x", code=4).stderr
+    run("inference.py", "--lora_weights", adapter, "--prompt", "x", "--force", "--no_merge", "--max_new_tokens", 2)
+
+
 @pytest.mark.parametrize(("script", "flag"), [("inference.py", "--output"), ("compare_models.py", "--json"), ("compare_models.py", "--report"), ("evaluate_model.py", "--report")])
 def test_a_file_that_cannot_be_written_is_said_before_the_first_answer(learned, data, tmp_path, script, flag, monkeypatch):
     monkeypatch.setattr(importlib.import_module(Path(script).stem), "generate", lambda *_, **__: pytest.fail("answered first"))
