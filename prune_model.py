@@ -9,7 +9,6 @@
 """
 
 import itertools
-import json
 import math
 import re
 import shutil
@@ -18,6 +17,7 @@ import timeit
 from pathlib import Path
 
 from common import encode, fail, find_model, load_base, load_rows, load_tokenizer, make_parser, number, parse_args, pick_device, run_script, say
+from inference import read_json_file
 
 # ---- 1. What a model does on the user's rows ----
 
@@ -198,7 +198,7 @@ def main() -> None:
     output = Path(args.output_dir or f"output/pruned-{args.method}")
     if output.exists():
         fail(2, f"{output} 已经存在。换一个 --output_dir，或先移走它")
-    config = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
+    config = read_json_file(Path(path, "config.json"))
     n_layers, width = config.get("num_hidden_layers") or 0, config.get("intermediate_size") or 0
     n_keep = args.keep_layers or max(1, n_layers - round(n_layers * args.ratio))
     if args.method == "layers" and not 0 < n_keep < n_layers:

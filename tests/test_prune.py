@@ -120,6 +120,9 @@ def test_slips_and_other_kinds_of_model_are_refused_and_leave_nothing(data, tmp_
         assert words in capsys.readouterr().err
     prune(base, data, tmp_path / "other", code=2)
     assert "已经存在" in capsys.readouterr().err
+    (Path(base) / "config.json").write_text('{"num_hidden', encoding="utf-8")
+    prune(base, data, tmp_path / "out", code=4)
+    assert "config.json 损坏了" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "other", "text.csv"]
 
 
