@@ -27,7 +27,7 @@ from common import (TEMPLATE_DATE, encode, end_token_ids, fail, find_model, fing
                     number, parse_args, pick_device, run_script, say, sha256, text_ids, visible)
 
 # flags that may differ between a run and its continuation; any other would make it another run
-MAY_CHANGE = {"num_epochs", "max_steps", "eval_every", "save_every", "save_total_limit", "logging_steps", "report_to", "early_stopping_patience", "device", "trust_remote_code"}
+MAY_CHANGE = {"num_epochs", "max_steps", "eval_every", "save_every", "save_total_limit", "logging_steps", "report_to", "early_stopping_patience", "device", "trust_remote_code", "gradient_checkpointing"}
 
 def arguments(saved: dict | None = None) -> argparse.Namespace:
     """The command line; `saved` are the settings of a run to resume, taken where nothing is typed."""
@@ -115,7 +115,7 @@ def micro_batches(rows: list, budget: int, packed: bool) -> list[list]:
     """The rows of a step in as few packs of at most `budget` tokens as fit (longest first), or each row alone."""
     packs: list[list] = []
     for row in sorted(rows, key=lambda row: -len(row[0])):
-        pack = next((p for p in packs if packed and sum(len(ids) for ids, _, _ in p) + len(row[0]) <= budget), None)
+        pack = next((p for p in packs[-64:] if packed and sum(len(ids) for ids, _, _ in p) + len(row[0]) <= budget), None)
         if pack is None:
             packs.append(pack := [])
         pack.append(row)
@@ -195,8 +195,9 @@ def describe(folder: Path) -> dict:
 
 def synchronize(*paths: Path) -> None:
     """Force files' bytes and folders' names to the disk (Windows cannot open a folder)."""
-    for path in paths if os.name != "nt" else ():
-        os.fsync(handle := os.open(path, os.O_RDONLY))
+    for path, handle in ((path, os.open(path, os.O_RDONLY)) for path in paths if os.name != "nt"):
+        with contextlib.suppress(*[OSError] * path.is_dir()):  # some network file systems cannot do it for folders
+            os.fsync(handle)
         os.close(handle)
 
 def discard(folder: Path) -> None:
@@ -256,7 +257,8 @@ def main() -> None:
         args.output_dir, args.model_name = str(resume.parent), find_model(args.model_name)
         changed = {name: f"  {name}：{old} → {getattr(args, name)}" for name, old in state["args"].items()
                    if name not in ("output_dir", "config", "resume_from_checkpoint", "dry_run") and getattr(args, name) != old}
-        if forbidden := [line for name, line in changed.items() if name not in MAY_CHANGE]:
+        same_rows = state["args"]["batch_size"] * state["args"]["gradient_accumulation_steps"] == args.batch_size * args.gradient_accumulation_steps
+        if forbidden := [line for name, line in changed.items() if name not in MAY_CHANGE | ({"batch_size", "gradient_accumulation_steps"} if same_rows else set())]:
             fail(2, "\n".join(["这些参数和 checkpoint 里的不同，接着训练就不是同一次训练了：", *forbidden, "去掉它们接着训练，或去掉 --resume_from_checkpoint 从头训练"]))
     model_path = args.model_name = find_model(args.model_name)
 
@@ -307,10 +309,9 @@ def main() -> None:
     if not resume and ((folder / "final_model").exists() or checkpoints(folder)):
         fail(2, f"{folder} 里已经有训练结果。接着训练加 --resume_from_checkpoint auto；重新训练换一个 --output_dir")
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    import filelock  # torch brings it
-    try:
-        (lock := filelock.FileLock(folder / ".lock")).acquire(timeout=0)  # noqa: F841 - held until the process ends, however it ends
-    except filelock.Timeout:
+    try:  # torch brings filelock
+        (lock := importlib.import_module("filelock").FileLock(folder / ".lock")).acquire(timeout=0)  # noqa: F841 - held until the process ends, however it ends
+    except TimeoutError:
         fail(2, f"另一个训练正在用 {folder}。等它结束，或换一个 --output_dir")
     for stale in folder.glob(".tmp-*"):
         shutil.rmtree(stale)
@@ -318,7 +319,7 @@ def main() -> None:
         importlib.import_module("wandb").init(project="lora", name=folder.name, config=vars(args), dir=folder, sync_tensorboard=True)
 
     # ---- 2. Device, model, LoRA ----
-    if args.quantization == "none" and args.optim != "paged_adamw_8bit" and "quantization_config" not in Path(model_path, "config.json").read_text("utf-8"):
+    if args.quantization == "none" and args.optim != "paged_adamw_8bit" and not args.teacher_model and "quantization_config" not in Path(model_path, "config.json").read_text("utf-8"):
         sys.modules.setdefault("bitsandbytes", None)  # PEFT imports it wherever it is installed: 1.4 s for nothing
     import peft
     import torch
@@ -341,7 +342,7 @@ def main() -> None:
     try:  # the LoRA weights are fp32 whatever the base is
         model = peft.get_peft_model(model, peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=targets,
                                                            use_rslora=args.peft_method == "rslora", use_dora=args.peft_method == "dora", task_type="CAUSAL_LM"))
-    except ValueError as error:
+    except (ValueError, importlib.import_module("re").error) as error:
         fail(2, f"--target_modules 在这个模型里找不到：{str(error).splitlines()[0][:160]}")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -350,9 +351,8 @@ def main() -> None:
         teacher, teach = importlib.import_module("prune_model").load_teacher(args.teacher_model, tokenizer, model, args.quantization, args.trust_remote_code, args.kd_loss, args.kd_temperature, args.kd_top_k)
         if not packed or not can_pack(teacher, train_data):
             fail(2, "蒸馏要用快的算法（去掉 --no_fast），老师和学生都要是能打包的模型（Llama、Qwen、Mistral 等）")
-    fast = {torch.nn.Dropout: fast_dropout, peft.tuners.lora.Linear: fast_lora if args.peft_method != "dora" else None}
     for module in model.modules() if packed and device == "cpu" else ():
-        if forward := fast.get(type(module)):
+        if forward := {torch.nn.Dropout: fast_dropout, peft.tuners.lora.Linear: fast_lora if args.peft_method != "dora" else None}.get(type(module)):
             module.forward = forward.__get__(module)
     parameters = [p for p in model.parameters() if p.requires_grad]
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
@@ -373,7 +373,7 @@ def main() -> None:
             if state[key] != run[key]:
                 fail(4, f"{name}和 checkpoint 里的不同（{state[key][:12]} → {run[key][:12]}）。换回原来的，或去掉 --resume_from_checkpoint 从头训练")
         torch.set_num_threads(run["threads"])  # sums are added up in another order with another number of threads
-        pairs = [("设备", state["device"], device), *((name, version, run["versions"][name]) for name, version in state["versions"].items())]
+        pairs = [("设备", state["device"], device), ("batch_size", state["args"]["batch_size"], args.batch_size), *((name, version, run["versions"][name]) for name, version in state["versions"].items())]
         if different := [f"{what} {then} → {now}" for what, then, now in pairs if then != now]:
             say(f"注意：{'，'.join(different)}，结果不再与不中断时逐位一致")
         start_step, best, best_step, bad_evals, losses = state["step"], state["best"] or math.inf, state["best_step"], state["bad_evals"], state["losses"]
@@ -388,19 +388,21 @@ def main() -> None:
             fail(2, f"checkpoint 已经做了 {start_step} 步，这次一共只要 {total_steps} 步：加大 --num_epochs 或 --max_steps")
         say(f"从 {resume} 接着训练：已做 {start_step} 步，共 {total_steps} 步", *changed.values(), sep="\n")
         if (start_step >= total_steps or 0 < args.early_stopping_patience <= bad_evals) and (folder / "final_model").is_dir():
-            return say(f"这次训练已完成：{folder / 'final_model'}。想再训几轮就加大 --num_epochs")
+            return say(f"这次训练已完成：{folder / 'final_model'}。想再训几轮就加大 --{'num_epochs' if start_step >= total_steps else 'early_stopping_patience（0 = 不停）'}")
     for name, text in (("run.json", json.dumps(run, ensure_ascii=False, indent=1)), ("metrics.jsonl", "".join(json.dumps(m) + "\n" for m in history))):
         (folder / f".new-{name}").write_text(text, encoding="utf-8")
         os.replace(folder / f".new-{name}", folder / name)  # a crash or a full disk leaves the old one
     if args.report_to != "none":
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(str(folder / "logs"), purge_step=start_step + 1 if resume else 0)
-    def record(step: int, metrics: dict) -> None:
+    def record(step: int, metrics: dict, words: str) -> None:
         history.append({"step": step, **metrics})
         with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(history[-1]) + "\n")
         for name, value in metrics.items() if args.report_to != "none" else ():
             board.add_scalar(name, value, step)
+        with contextlib.suppress(OSError):  # Ctrl-C has ended `| tee` too, and the step must still be saved
+            tqdm.write(words, file=sys.stderr)
     say(f"设备 {device}（{'--device 指定' if args.device != 'auto' else '没有找到显卡' if device == 'cpu' else '自动找到'}），基础权重 {run['dtype']}{'' if args.quantization == 'none' else '，量化 ' + args.quantization}，LoRA float32，优化器 {optim}，"
         f"{'按行打包，不填充' if packed else '填充' if not args.fast else '填充（这种模型不能打包）'}\n"
         f"可训练参数 {trainable:,} / {total:,}（{100 * trainable / total:.2f}%），加在 {'、'.join(sorted({name.rpartition('.')[2] for name in model.targeted_module_names}))}\n"
@@ -431,7 +433,6 @@ def main() -> None:
                 raise
             budget //= 2
             say(f"显存放不下 {2 * budget} token 的微批，改为 {budget}，梯度不变")
-    optimizer.zero_grad(set_to_none=True)
     began = since = time.perf_counter()
 
     for step in range(start_step, total_steps + 1):
@@ -446,9 +447,9 @@ def main() -> None:
             val_loss = total_loss / sum(t != -100 for _, labels, _ in val_data for t in labels[1:])
             is_best = val_loss < best or best_step == 0 < step and math.isfinite(val_loss)  # of the trained ones, even if none beats the base
             best, best_step, bad_evals = (val_loss, step, 0) if is_best else (best, best_step, bad_evals + 1)
-            record(step, {"val_loss": round(val_loss, 6), "epoch": round(step / steps_per_epoch, 4)})
             note = "微调前" if step == 0 else "目前最好" if is_best else f"最好的是第 {best_step} 步的 {best:.4f}"
-            tqdm.write(f"验证：第 {step} 步，损失 {val_loss:.4f}，困惑度 {math.exp(min(val_loss, 50)):.2f}（{note}）", file=sys.stderr)
+            record(step, {"val_loss": round(val_loss, 6), "epoch": round(step / steps_per_epoch, 4)},
+                   f"验证：第 {step} 步，损失 {val_loss:.4f}，困惑度 {math.exp(min(val_loss, 50)):.2f}（{note}）")
         last = step == total_steps or stopped_by > 0 or 0 < args.early_stopping_patience <= bad_evals
 
         # once in a while: save, then delete what is neither recent nor the best
@@ -479,6 +480,7 @@ def main() -> None:
         label_tokens, step_loss, step_parts = sum(t != -100 for _, labels, _ in batch_rows for t in labels[1:]), 0.0, (0.0, 0.0)
         since = since if tokens else time.perf_counter()
         torch.manual_seed(args.seed * 1_000_003 + step)
+        optimizer.zero_grad(set_to_none=True)
         for batch in micro_batches(batch_rows, budget, packed):
             with amp:
                 # sums, divided by the label tokens of the whole step: any split of the rows gives the same gradient
@@ -493,7 +495,7 @@ def main() -> None:
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
         skipped = skipped + 1 if scaler.is_enabled() and not math.isfinite(grad_norm) else 0  # GradScaler drops such an update and halves its scale
         if not math.isfinite(step_loss) or skipped > 8 or not (math.isfinite(grad_norm) or skipped):
-            record(step + 1, {"loss": step_loss, "grad_norm": grad_norm})
+            record(step + 1, broken := {"loss": step_loss, "grad_norm": grad_norm}, str(broken))
             fail(5, f"第 {step + 1} 步的{'梯度' if math.isfinite(step_loss) else '损失'}不是有限的数，在更新权重之前停下了。这一步的数据：\n  {'、'.join(where for _, _, where in batch_rows)}\n"
                     f"检查这些行，或调低 --learning_rate 重新训练；之前的 checkpoint 完好，在 {folder}")
 
@@ -504,11 +506,10 @@ def main() -> None:
             group["lr"] = args.learning_rate * scale
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
 
         # log, and warn of a step unlike those before it
         recent = torch.tensor([m["loss"] for m in history[-160:] if "loss" in m][-128:])
-        if len(recent) >= 32 and (z := ((step_loss - recent.mean()) / (recent.std() + 1e-6)).item()) > 6:
+        if len(recent) >= 32 and (z := ((step_loss - recent.mean()) / (recent.std() * args.logging_steps ** 0.5 + 1e-6)).item()) > 6:
             say(f"警告：第 {step + 1} 步的损失 {step_loss:.3f} 比前面 {len(recent)} 步高 {z:.1f} 个标准差：{'、'.join(where for _, _, where in batch_rows)}")
         bar.update()
         losses.append(step_loss)
@@ -520,8 +521,7 @@ def main() -> None:
                        "tokens_per_second": round(tokens / (now - since), 1), "epoch": round((step + 1) / steps_per_epoch, 4),
                        **({"peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2), "skipped_updates": skipped} if on_cuda else {})}
             metrics |= {"answer_loss": round(step_parts[0].item(), 6), "teacher_loss": round(step_parts[1].item(), 6)} if teach else {}  # of this step
-            record(step + 1, metrics)
-            tqdm.write(f"{metrics} 第 {step + 1}/{total_steps} 步，还要 {left // 60}:{left % 60:02d}", file=sys.stderr)
+            record(step + 1, metrics, f"{metrics} 第 {step + 1}/{total_steps} 步，还要 {left // 60}:{left % 60:02d}")
             losses, tokens, all_tokens = [], 0, all_tokens + tokens
 
     bar.close()
@@ -532,7 +532,7 @@ def main() -> None:
     # ---- 5. The best adapter becomes final_model ----
     if problem := damage(source := folder / f"checkpoint-{best_step or step}"):
         fail(4, f"最好的 {source} 不能用：{problem}，没有写 final_model。可以直接用另一个：python inference.py --interactive --lora_weights {folder}/checkpoint-N")
-    if not any(v.any() for key, v in load_file(source / "adapter_model.safetensors").items() if "lora_B" in key):
+    if not any(v.any() for key, v in load_file(source / "adapter_model.safetensors").items() if "lora_B" in key or "lora_embedding_A" in key):
         fail(5, f"LoRA 的权重还全是零，等于没有训练，没有写 final_model。检查 --learning_rate（现在是 {args.learning_rate}）")
     with staged(folder / "final_model") as staging:
         for file in set(source.iterdir()) - {source / name for name in ("optimizer.safetensors", "state.json", "manifest.json")}:

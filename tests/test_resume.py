@@ -20,6 +20,8 @@ import random
 import resource
 import shutil
 import signal
+import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -30,7 +32,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ANSWERS, QUESTIONS, metrics, write_csv
+from conftest import ANSWERS, QUESTIONS, ROOT, metrics, write_csv
 
 SEED, TIMES = int(os.environ.get("FAULT_SEED", "20")), int(os.environ.get("FAULT_TIMES", "1"))
 TABLE = {}  # (fault, exit code) → [passed, of]
@@ -553,3 +555,41 @@ def test_ctrl_c_and_sigterm_at_random_moments_save_and_go_on_to_the_same_bits(fl
 
     stops = two_at_once(lambda arguments: stop(*arguments), [(n, *((signal.SIGINT, 130) if n % 2 else (signal.SIGTERM, 143)), dice.uniform(0, 0.3)) for n in range(20 * TIMES)])
     assert sum(stops) > len(stops) * 0.8, "most signals must fall into the run"
+
+
+def test_ctrl_c_saves_though_it_has_ended_the_program_that_reads_the_log(flags, tmp_path):
+    """`train.py 2>&1 | tee log`: Ctrl-C kills tee too, and what is said after it has nowhere to go."""
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, [*flags[:-4], "--save_every", -1, "--report_to", "none", "--num_epochs", 400, "--output_dir", tmp_path / "run"])]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path)
+    while b"'loss'" not in process.stderr.readline():
+        assert process.poll() is None
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) in (130, 141)
+    assert len(sound(tmp_path / "run")) == 1
+
+
+def test_a_file_system_that_cannot_sync_folders_still_gets_checkpoints_and_one_that_cannot_sync_files_does_not(tmp_path, monkeypatch):
+    from train import damage, staged
+
+    def refuse(handle, of=None):
+        if of(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    for of in (stat.S_ISDIR, stat.S_ISREG):
+        monkeypatch.setattr(os, "fsync", functools.partial(refuse, of=of))
+        with pytest.raises(OSError) if of is stat.S_ISREG else contextlib.nullcontext(), staged(tmp_path / of.__name__) as staging:
+            for name in ("state.json", "optimizer.safetensors", "adapter_model.safetensors"):
+                (staging / name).write_text(name, encoding="utf-8")
+    assert [p.name for p in tmp_path.iterdir()] == ["S_ISDIR"] and not damage(tmp_path / "S_ISDIR")
+
+
+def test_a_step_may_be_split_otherwise_when_memory_ran_out(flags, tmp_path):
+    folder = tmp_path / "run"
+    go(folder, *flags, "--max_steps", 2, "--output_dir", folder)
+    saved = json.loads((folder / f"checkpoint-{sound(folder)[0]}" / "state.json").read_text(encoding="utf-8"))["args"]
+    again = ["--output_dir", folder, "--resume_from_checkpoint", "auto", "--max_steps", 3, "--gradient_checkpointing"]
+    rows = saved["batch_size"] * saved["gradient_accumulation_steps"]
+    assert "batch_size" in go(folder, *again, "--batch_size", rows + 1, "--gradient_accumulation_steps", 1, code=2)
+    assert f"batch_size {saved['batch_size']} → {rows}" in go(folder, *again, "--batch_size", rows, "--gradient_accumulation_steps", 1)
+    assert json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"] == 3

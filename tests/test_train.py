@@ -616,3 +616,12 @@ def test_too_little_memory_is_known_by_the_words_of_every_device(words, capsys):
     with pytest.raises(SystemExit) as stop:
         run_script(main)
     assert stop.value.code == 6 and "--batch_size" in capsys.readouterr().err
+
+
+def test_layers_to_train_may_be_a_broken_pattern_or_the_embedding(tiny, data, tmp_path, capsys):
+    from inference import load_model
+
+    train(tiny, data, tmp_path / "glob", "--target_modules", "*_proj", code=2)
+    assert "--target_modules" in capsys.readouterr().err
+    model, _ = load_model(tiny, str(train(tiny, data, tmp_path / "run", "--max_steps", 2, "--target_modules", "embed_tokens") / "final_model"))
+    assert model.get_base_model().get_input_embeddings().lora_embedding_A["default"].any()
