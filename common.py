@@ -41,7 +41,7 @@ COLUMNS = {
 ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "bot": "assistant", "用户": "user", "助手": "assistant",
          "function_call": "assistant", "observation": "user", "tool": "user"}
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
-FOREIGN = {rb"\x1f\x8b|BZh|\xfd7zXZ|Rar!|7z\xbc": "压缩包，请先解压", rb"\xd0\xcf\x11\xe0": "旧版 Excel（.xls），请另存为 .xlsx", rb"%PDF": "PDF，请把内容放进表格",
+FOREIGN = {rb"\x1f\x8b|BZh|\xfd7zXZ|Rar!|7z\xbc": "压缩包，请先解压", rb"\xd0\xcf\x11\xe0": "旧版 Excel（.xls）或加了密码的表，请去掉密码、另存为 .xlsx", rb"%PDF": "PDF，请把内容放进表格",
            rb"\s*<(?i:!doctype|html|\?xml|table)": "网页（HTML），请在 Excel 里打开后另存为 .xlsx"}
 OUT_OF_MEMORY = "out of memory|can't allocate memory"  # in the words of CUDA, MPS and the CPU, whose errors have no type in common
 
@@ -126,7 +126,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         elif isinstance(value, list) and actions[flag].nargs == "+":
             words += [flag, *map(str, value)]
         elif value is not None:
-            words += [f"{flag}={v}" for v in (value if isinstance(value, list) else [value])]
+            words += [f"{flag}={v}" for v in (value if isinstance(value, list) and isinstance(actions[flag], argparse._AppendAction) else [value])]
     args, unknown = parser.parse_known_args(words + typed)
     if unknown:
         fail(2, f"不认识的参数 {unknown[0]}{nearest(unknown[0].partition('=')[0], actions)}\n全部参数：python {Path(sys.argv[0]).name} --help")
@@ -156,7 +156,7 @@ def read_table(path: str, encoding: str | None = None, known: frozenset = frozen
     """(line, record) of each row of a CSV, TSV, JSON, JSONL, XLSX or Parquet file, whatever its name; (line, sentence) of a bad row.
     No cell moves, no text changes. `known` names of columns tell the delimiter. Exit 3 where the whole file is broken."""
     if not os.path.isfile(path):
-        fail(3, f"{path} 不是普通文件" if os.path.exists(path) else f"没有数据文件 {path}{nearest(path, (str(p) for p in Path(path).parent.glob('*') if p.suffix in SUFFIXES))}")
+        fail(3, f"{path} {'里没有数据文件（' + '、'.join(SUFFIXES) + '）' if os.path.isdir(path) else '不是普通文件'}" if os.path.exists(path) else f"没有数据文件 {path}{nearest(path, (str(p) for p in Path(path).parent.glob('*') if p.suffix in SUFFIXES))}")
     with open(path, "rb") as file:
         start = file.read(1000)
     if kind := next((kind for magic, kind in FOREIGN.items() if re.match(magic, start)), None):
@@ -167,8 +167,8 @@ def read_table(path: str, encoding: str | None = None, known: frozenset = frozen
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
             return (yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1))
         if start[:4] == b"PK\3\4":
-            import pandas
-            rows = enumerate(pandas.read_excel(path, header=None, dtype=str, na_filter=False).values.tolist(), 1)
+            cells, odd = importlib.import_module("pandas").read_excel(path, header=None, dtype=str, na_filter=False), {"_x000D_\n?": "\n", r"^(\d{4}-\d\d-\d\d) 00:00:00$": r"\1"}
+            rows = enumerate(cells.fillna("").replace(odd, regex=True).values.tolist(), 1)  # odd: Excel's own end of a line, and a day without a time
     except Exception as error:  # noqa: BLE001 - broken files raise a dozen unrelated types
         fail(3, f"{path} 是 Excel、Parquet 或压缩包，但读不出来：{visible(str(error))[:100]}")
     if start[:4] != b"PK\3\4":
@@ -213,7 +213,7 @@ def read_json(path: str, text: str, array: bool):
             at = text.find("\n", start) % (len(text) + 1)  # -1, nowhere, becomes the end
             if array:
                 fail(3, f"{path}:{getattr(error, 'lineno', line)} {record}")
-        yield line, record
+        yield line if "\n" in gap[0] or not gap.start() else f"{line}:{start - text.rfind(chr(10), 0, start)}", record
         line += text.count("\n", start, at)
     if text[at:].strip() != ("]" if array else ""):
         fail(3, f"{path}:{line} 不是有效的 JSON：{visible(text[at:].strip())[:40] or '没有用 ] 结束'}")
@@ -222,8 +222,8 @@ def find_columns(names: tuple, wanted: dict) -> dict:
     """{field: name of its column}, `wanted` being what the user says of it; ValueError with a sentence where it cannot be told."""
     known = {str(name).strip().lower(): name for name in names if name not in wanted.values()}
     listed = f"现有的列是：{visible('、'.join(map(str, names)))[:200]}"
-    if missing := set(wanted.values()) - set(names):
-        raise ValueError(f"没有 {missing.pop()} 列，{listed}")
+    if missing := [f"{name} 列" for name in wanted.values() if name not in names] + [f"{field}= 这种写法" for field in wanted if field not in {*COLUMNS, "text"}]:
+        raise ValueError(f"没有 {missing[0]}，{listed}；--columns 里左边写 {'、'.join(COLUMNS)} 或 text")
     columns = dict(wanted)
     for field, aliases in COLUMNS.items() if "text" not in wanted else ():
         found = [known[alias] for alias in aliases if alias in known and not (field in ("history", "messages") and {"instruction", "output"} <= set(wanted))]
@@ -234,7 +234,7 @@ def find_columns(names: tuple, wanted: dict) -> dict:
         return {"text": columns.get("text") or known["text"]}
     if "messages" in columns or not (missing := "、".join(sorted({"instruction", "output"} - set(columns)))):
         return columns
-    raise ValueError(f"找不到 {missing} 列，{listed}。\n写明哪列是问题、哪列是回答：--columns instruction=列名,output=列名")
+    raise ValueError(f"找不到 {missing} 列，{listed}。\n写明哪列是问题、哪列是回答：--columns instruction=列名,output=列名（列名要在第一行，上面的标题请删掉；没有这个参数的脚本，请改表头）")
 
 def make_row(cells: dict) -> dict:
     """The row of {field: value}; {} where the question or an answer is empty, ValueError with a sentence where a cell is odd."""
@@ -250,7 +250,7 @@ def make_row(cells: dict) -> dict:
     if turns:
         said = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns]
     else:
-        said = [pair for asked, answered in cells.get("history") or [] for pair in (("user", asked), ("assistant", answered))]
+        said = [pair for past in cells.get("history") or [] for pair in ([(past.get("role"), past.get("content"))] if isinstance(past, dict) else zip(("user", "assistant"), list.copy(past), strict=True))]
         said += [("user", "\n".join(filter(None, (text(cells.get("instruction")), text(cells.get("input")))))), ("assistant", cells.get("output"))]
     if text(cells.get("system")) and said[0][0] != "system":
         said.insert(0, ("system", cells["system"]))
@@ -263,9 +263,9 @@ def make_row(cells: dict) -> dict:
 
 def stream_rows(path: str, encoding: str | None = None, columns: str | None = None, skip_bad_rows: bool = False):
     """One by one the rows that load_rows gives, and a sentence in the place of each that is dropped."""
-    wanted = dict(pair.partition("=")[::2] for pair in re.split("[,，]", columns)) if columns else {}
+    wanted = {field.strip(): name.strip() for field, _, name in (pair.partition("=") for pair in re.split("[,，]", columns or "")) if field.strip()}
     files = sorted(str(p) for p in Path(path).iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] not in ".~") if os.path.isdir(path) else [path]
-    for file in [file for file in files if re.search("(?<![a-z])train|train(?![a-z])", Path(file).name)] or files or [path]:  # of a folder that is split already, the part to learn
+    for file in [file for file in files if re.search("(?i)(?<![a-z])train|train(?![a-z])|训练", Path(file).name)] or files or [path]:  # of a folder that is split already, the part to learn
         mapped: dict = {}
         for line, record in read_table(file, encoding, frozenset(map(str.lower, itertools.chain(wanted.values(), *COLUMNS.values())))):
             where = f"{file}:{line}"
@@ -294,7 +294,7 @@ def load_rows(paths: str | list[str], encoding: str | None = None, columns: str 
         files = importlib.import_module("prepare_data").fetch(name) if name[:3] in ("hf:", "ms:") else [name]  # nothing else goes to the network
         found = [row for file in files for row in stream_rows(file, encoding, columns, skip_bad_rows)]
         dropped += [row for row in found if isinstance(row, str)]
-        found = [row for row in found if isinstance(row, dict)] or fail(3, f"{name} 里没有可以学的行。{''.join(dropped[:1])}")
+        found = [row for row in found if isinstance(row, dict)] or fail(3, f"{name} 里没有可以学的行{'（只读第一张工作表）' * name.endswith('.xlsx')}。{''.join(dropped[:1])}")
         if amount:
             n = max(1, round(float(amount) * (len(found) if "." in amount else 1)))
             found = found * (n // len(found)) + random.Random(f"{seed} {name}").sample(found, n % len(found))
@@ -308,8 +308,8 @@ def load_rows(paths: str | list[str], encoding: str | None = None, columns: str 
 
 @functools.lru_cache(maxsize=8)
 def control_tokens(tokenizer) -> tuple[frozenset, re.Pattern]:
-    """Ids of the added tokens (<|eot_id|> and its like), and a pattern that finds their texts."""
-    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    """Ids of the added tokens (<|eot_id|> and its like, not runs of blanks), and a pattern that finds their texts."""
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip(" \t\r\n▁")}
     longest_first = sorted((re.escape(text) for text in added if len(text) > 1), key=len, reverse=True)
     return frozenset(added.values()), re.compile("|".join(longest_first) or r"(?!)")
 

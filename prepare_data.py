@@ -40,7 +40,7 @@ def fetch(name: str) -> list[str]:
             from modelscope_hub.compat.snapshot_download import snapshot_download
         folder = snapshot_download(dataset, repo_type="dataset", allow_patterns=[f"*{suffix}" for suffix in SUFFIXES])
     except Exception as error:  # noqa: BLE001 - no network, no such name, no rights: the clients raise a dozen unrelated types
-        fail(6, f"数据集 {name} 下载不了：{visible(str(error)).partition(chr(10))[0][:120]}\n检查名字和网络；已经下载的，直接写文件或目录")
+        fail(6, f"数据集 {name} 下载不了：{' '.join(visible(str(error)).split())[:200]}\n检查名字和网络；已经下载的，直接写文件或目录")
     files = {str(p): p.relative_to(folder).as_posix().lower() for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in SUFFIXES}
     found = {path: re.findall(r"(?<![a-z])(tra|val|dev|tes)(?:in|id|idation|t)?(?![a-z])", text) for path, text in files.items()}
     chosen = [path for path in files if (split or "train")[:3] in found[path] or not any(found.values())]
@@ -222,13 +222,13 @@ def main() -> None:
     # ---- Read and drop; the rows wait in a temporary file, so that a million of them fit ----
     from tqdm import tqdm
     text = f"text={args.text_column}" if args.text_column else args.columns
-    columns = f"instruction={args.text_column or 'text'},output={args.label_column or 'label'}" if classify else text
+    columns = f"instruction={args.text_column or 'text'},output={args.label_column or 'label'}" + f",{args.columns}" * bool(args.columns) if classify else text
     spool, starts, lengths, labels, seen = tempfile.TemporaryFile(dir=folder), array("q"), array("q"), [], set()  # noqa: SIM115
     drops, kinds = defaultdict(list), {}
     sources = (row for source in args.input for path in fetch(source) for row in stream_rows(path, args.encoding, columns, args.skip_bad_rows))
     for row in tqdm(sources, desc="读数据", unit="行"):
         if isinstance(row, str):
-            drops[row.split("：")[1]].append(row.split("：")[0])
+            drops[(parts := re.match(r"(?s)(.*?:[\d:]+)：([^：]*)", row))[2]].append(parts[1])
             continue
         where, question, answer = row["where"], *ask_and_answer(row)
         length, whole = len(question) + len(answer), hash(json.dumps({**row, "where": ""}))

@@ -238,3 +238,15 @@ def test_the_demo_model_encodes_like_its_template(demo):
         assert encode(tokenizer, conversation(question, answer))[0][:len(joint)] == joint
     for token in tokenizer.added_tokens_decoder.values():
         assert control.isdisjoint(content_ids(tokenizer, f"甲{token.content}乙"))
+
+
+def test_added_tokens_that_are_blanks_stay_in_the_text():
+    """Gemma has runs of newlines as added tokens, Phi runs of blanks: they are ordinary text, not control tokens."""
+    from tokenizers import AddedToken
+
+    tokenizer = make_tokenizer("qwen")
+    text = "一、先协商；\n二、可以起诉。\n\n  三。<|im_end|>"
+    tokenizer.add_tokens([AddedToken(blank, special=False) for blank in ("\n", "\n\n", "  ")])
+    ids = content_ids(tokenizer, text)
+    assert tokenizer.decode(ids) == text and tokenizer.convert_tokens_to_ids("\n\n") in ids
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids

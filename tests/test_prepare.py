@@ -245,3 +245,17 @@ def test_what_is_replaced_goes_only_when_the_new_files_are_whole(tmp_path, monke
     monkeypatch.undo()
     prepare(source, tmp_path / "out", "--val_ratio", 0.25, "--overwrite")
     assert not list((tmp_path / "out").glob("*.csv"))
+
+
+def test_a_full_width_colon_in_a_file_name_does_not_garble_the_report(tmp_path):
+    source = write_csv(tmp_path / "客服：问答.csv", [("问一", "答一"), ("问二", ""), ("问三", "答三"), ("问四", "")])
+    prepare(source, tmp_path / "out", "--val_ratio", 0, "--test_ratio", 0)
+    report = (tmp_path / "out" / "data_report.md").read_text(encoding="utf-8")
+    assert "问题或回答是空的：2 行" in report and "客服：问答.csv:3" in report
+
+
+def test_classification_takes_its_columns_from_columns_too(tmp_path):
+    source = write_csv(tmp_path / "c.csv", [(f"评论{n}", "好" if n % 2 else "坏", f"备注{n}") for n in range(20)], ("评论", "类别", "备注"))
+    prepare(source, tmp_path / "out", "--task_type", "classification", "--columns", "instruction=评论,output=类别,input=备注", "--val_ratio", 0, "--test_ratio", 0)
+    rows = read(tmp_path / "out", "train")
+    assert len(rows) == 20 and all("备注" in json.dumps(row, ensure_ascii=False) for row in rows)

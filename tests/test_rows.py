@@ -464,3 +464,60 @@ def test_leftovers_in_a_folder_are_not_data(tmp_path):
     assert pairs(load_rows(str(tmp_path))[0]) == ROWS[:4]
     write_csv(tmp_path / "legaltrain.csv", ROWS[4:5])
     assert pairs(load_rows(str(tmp_path))[0]) == ROWS[4:5]
+
+
+def test_a_history_of_messages_or_of_pairs_is_the_same_conversation(tmp_path, capsys):
+    roles = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "您好"}]
+    for n, history in enumerate((roles, [["你好", "您好"]])):
+        (tmp_path / f"{n}.json").write_text(json.dumps({"instruction": "问", "output": "答", "history": history}), encoding="utf-8")
+        assert [m["content"] for m in load_rows(str(tmp_path / f"{n}.json"))[0][0]["messages"]] == ["你好", "您好", "问", "答"]
+    for n, history in enumerate((["你好", "您好"], [["一", "二", "三"]])):
+        (tmp_path / f"bad{n}.json").write_text(json.dumps({"instruction": "问", "output": "答", "history": history}), encoding="utf-8")
+        assert "的对话应该是" in refused(tmp_path / f"bad{n}.json", capsys) or n
+
+
+def test_rows_of_a_json_array_on_one_line_have_places_of_their_own(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"instruction": q, "output": a} for q, a in ROWS], ensure_ascii=False), encoding="utf-8")
+    places = [row["where"].removeprefix(f"{path}:") for row in load_rows(str(path))[0]]
+    assert places[0] == "1" and len(set(places)) == len(ROWS)
+    text = path.read_text(encoding="utf-8")
+    assert all(text[int(place.partition(":")[2]) - 1] == "{" for place in places[1:])
+    path.write_text(json.dumps([{"instruction": q, "output": a} for q, a in ROWS], ensure_ascii=False, indent=1), encoding="utf-8")
+    assert [row["where"] for row in load_rows(str(path))[0]] == [f"{path}:{2 + 4 * n}" for n in range(len(ROWS))]
+
+
+def test_excels_own_line_ends_days_and_broken_titles(tmp_path):
+    import datetime
+
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    for line in (["instruction", "output", "#REF!"], ["几号？", datetime.date(2024, 5, 1), "x"], ["两行", "一_x000D_\n二_x000D_三", None]):
+        book.active.append(line)
+    book.save(tmp_path / "t.xlsx")
+    assert pairs(load_rows(str(tmp_path / "t.xlsx"))[0]) == [("几号？", "2024-05-01"), ("两行", "一\n二\n三")]
+
+
+@pytest.mark.parametrize("names", [("Train.csv", "Test.csv"), ("训练.csv", "测试.csv"), ("TRAIN.CSV", "test.csv")])
+def test_of_a_split_folder_only_the_training_part_is_learned(tmp_path, names):
+    for name, row in zip(names, ROWS):
+        write_csv(tmp_path / name, [row])
+    assert pairs(load_rows(str(tmp_path))[0]) == ROWS[:1]
+
+
+def test_columns_may_have_blanks_around_their_names_and_an_unknown_use_is_refused(tmp_path, capsys):
+    path = write_csv(tmp_path / "t.csv", [("问", "答", "补充")], ("问题", "回答", "备注"))
+    rows = load_rows(path, columns="output=回答, input = 备注，")[0]
+    assert rows[0]["messages"][0]["content"] == "问\n补充"
+    for columns, words in (("context=备注", "context= 这种写法"), ("input=没有的", "没有的 列")):
+        with pytest.raises(SystemExit) as stop:
+            load_rows(path, columns=columns)
+        assert stop.value.code == 3 and words in capsys.readouterr().err
+
+
+def test_a_folder_without_tables_and_a_title_above_the_header_are_told(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert "没有数据文件" in refused(tmp_path / "empty", capsys)
+    write_csv(tmp_path / "t.csv", [("instruction", "output"), ROWS[0]], ("客服问答汇总", ""))
+    assert "上面的标题请删掉" in refused(tmp_path / "t.csv", capsys)
