@@ -24,7 +24,7 @@ import unicodedata
 from pathlib import Path
 
 from common import SUFFIXES, fail, load_rows, parse_args, run_script, say, visible
-from inference import conversation, find_adapter, generate, generation_options, load_adapter, load_model, make_inference_parser, read_questions, run_record
+from inference import can_fold, conversation, find_adapter, generate, generation_options, load_adapter, load_model, make_inference_parser, read_questions, run_record
 
 VERDICTS = {"better": "更好", "worse": "更差", "higher": "更高", "lower": "更低", "no difference shown": "看不出差别"}
 
@@ -250,7 +250,7 @@ def main() -> None:
                                   trust_remote_code=args.trust_remote_code)
     for n, adapter in enumerate(adapters[1:], 2):
         model = load_adapter(model, tokenizer, adapter, f"adapter{n}", args.force)
-        if args.base_model is None and model.peft_config[f"adapter{n}"].base_model_name_or_path != model.peft_config["default"].base_model_name_or_path:
+        if args.base_model is None and len({Path(config.base_model_name_or_path).resolve() for config in model.peft_config.values()}) > 1:
             fail(4, f"{adapter} 的基础模型和 {adapters[0]} 的不同，请分开比较")
 
     # ---- Every question by the base, then by each adapter ----
@@ -261,7 +261,7 @@ def main() -> None:
     with tqdm(total=len(rows) * (1 + len(adapters)), desc="回答", disable=not sys.stderr.isatty()) as bar:
         for name in [None, *model.peft_config]:
             model.set_adapter(name or "default")
-            if name == [*model.peft_config][-1] and args.quantization == "none":
+            if name == [*model.peft_config][-1] and can_fold(model):
                 model.merge_adapter([name])  # folded into the weights, a layer is one product instead of three
             with contextlib.nullcontext() if name else model.disable_adapter():
                 answers.append(generate(model, tokenizer, asked, **generation_options(args), progress=lambda n: bar.update(len(answers) * len(rows) + n - bar.n)))

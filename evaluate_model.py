@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common import encode, fail, fingerprint, load_rows, number, parse_args, read_table, run_script, say, sha256, visible
 from compare_models import describe_run, find_citations, metric_table, print_table, versus, write_page
-from inference import conversation, find_adapter, generate, generation_options, load_model, make_inference_parser, run_record
+from inference import can_fold, conversation, find_adapter, generate, generation_options, load_model, make_inference_parser, run_record
 
 # key: (its name for --metrics, title, 1 = more is better, -1 = less is, 0 = neither)
 METRICS = {
@@ -182,6 +182,8 @@ def main() -> None:
     parser = make_inference_parser(__doc__)
     add = parser.add_argument_group("评估").add_argument
     add("--test_data", "--test_dataset", default="./datasets/legal_qa_test.csv", help="测试表：问题和参考回答")
+    add("--columns", help="哪列是什么，例如 instruction=问题,output=回答")
+    add("--encoding", help="测试表的编码；默认自己认")
     add("--metrics", nargs="+", choices=GROUPS, metavar="NAME", help=f"算哪些，默认除 accuracy f1 外全部：{' '.join(GROUPS)}")
     add("--label_scoring", action="store_true", help="取似然最大的标签，不看生成的回答")
     add("--limit", type=number(int, 1), help="只用测试表的前几行")
@@ -201,7 +203,7 @@ def main() -> None:
 
     # ---- 1. The questions, and whether they were trained on ----
     groups = set(args.metrics or set(GROUPS) - CLASSIFICATION) | (CLASSIFICATION if args.label_scoring else set())
-    rows, dropped = load_rows(args.test_data)
+    rows, dropped = load_rows(args.test_data, args.encoding, args.columns)
     rows = [row for row in rows if len(row.get("messages", ())) > 1] or fail(3, f"{args.test_data} 里没有问题和参考回答两列")
     probe = load_rows(str(Path(__file__).with_name("datasets") / "general_probe.csv"))[0] if "probe" in groups else []
     labels, rows = sorted({row["messages"][-1]["content"] for row in rows}) if groups & CLASSIFICATION else [], rows[:args.limit]
@@ -209,10 +211,10 @@ def main() -> None:
         fail(3, f"{args.test_data} 有 {len(labels)} 种参考回答，不像分类数据。去掉 --metrics 和 --label_scoring，按文字评估")
     adapter = None if args.use_original_model else find_adapter(args.lora_weights and args.lora_weights[0])
     run, warnings = run_record(adapter), [f"跳过 {line}" for line in dropped]
-    hashes = {row["where"]: sha256("".join(unicodedata.normalize("NFKC", row["messages"][-2]["content"]).split()))[:16] for row in rows}
+    hashes = [(row["where"], sha256("".join(unicodedata.normalize("NFKC", row["messages"][-2]["content"]).split()))[:16]) for row in rows]
     if adapter and "row_sha256" not in run:
         warnings.append("训练记录 run.json 里没有训练行的指纹 row_sha256，没法查测试题是不是训练过")
-    if seen := [where for where, digest in hashes.items() if digest in set(run.get("row_sha256", ()))]:
+    if seen := [where for where, digest in hashes if digest in run.get("row_sha256", ())]:
         warnings.append(f"{len(rows)} 道测试题里有 {len(seen)} 道训练过，分数不能当真：{'、'.join(seen[:5])}{' 等' if seen[5:] else ''}")
         if args.strict:
             fail(2, f"{warnings[-1]}。换一份测试表，或从训练数据里去掉这些行再训练；去掉 --strict 就只警告")
@@ -231,11 +233,11 @@ def main() -> None:
         longest_first = sorted(part, key=lambda i: -len(encode(tokenizer, talks[i][:-1])[0]))
         batches += [longest_first[k:k + args.answer_batch_size] for k in range(0, len(part), args.answer_batch_size)]
     job = {"基础模型": fingerprint((model.get_base_model() if adapter else model).name_or_path), "题目": sha256(json.dumps(talks)), "指标": sorted(groups),
-           "LoRA": adapter and sha256(Path(adapter, "adapter_model.safetensors").read_bytes()), "生成参数": generation_options(args), "标签": [labels, args.label_scoring], "量化": args.quantization}
+           "LoRA": adapter and sha256(Path(adapter, "adapter_model.safetensors").read_bytes()), "生成参数": {**generation_options(args), "answer_batch_size": 0}, "标签": [labels, args.label_scoring], "量化": args.quantization}
     done = {}
     if args.resume and log_path.is_file():
         former, *lines = log_path.read_text(encoding="utf-8").splitlines() or ["{}"]
-        if changed := [name for name, value in job.items() if json.loads(former).get(name) != value]:
+        if changed := [name for name, value in job.items() if json.loads(former if former[-1:] == "}" else "{}").get(name) != value]:
             fail(2, f"{log_path} 是另一次评估的：{'、'.join(changed)}不同。去掉 --resume 重新做，或换一个 --output")
         with contextlib.suppress(ValueError):  # a crash may leave half a last line
             for line in map(json.loads, lines):
@@ -250,7 +252,7 @@ def main() -> None:
     with open(log_path, "w", encoding="utf-8", buffering=1) as log, tqdm(total=sum(len(batch) for _, batch in todo), desc="评估", disable=not sys.stderr.isatty()) as bar:
         print(*map(json.dumps, (job, *done.values())), sep="\n", file=log)
         for m, batch in todo:
-            if m == 1 and args.quantization == "none":
+            if m == 1 and can_fold(model):
                 model.merge_adapter()  # folded into the weights, a layer is one product instead of three
             is_probe = batch[0] >= len(rows)
             options = generation_options(args) | ({"max_new_tokens": 48} if is_probe else {})  # general questions have answers of a word or two

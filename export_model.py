@@ -247,7 +247,7 @@ def main() -> None:
     tokenizer = load_tokenizer(adapter if adapter and Path(adapter, "tokenizer_config.json").is_file() else base, trusted)
     quantization = args.quantization if args.quantization != "none" else trained.get("quantization", "none")
     model = load_base(base, *exact, quantization, trusted)
-    config = (model := model.dequantize() if quantization != "none" else model).config
+    config = (model := model.dequantize() if getattr(model, "is_quantized", False) else model).config
     header = gguf_header(config, tokenizer) if kinds or args.adapter_gguf else {}
     model = load_adapter(model, tokenizer, adapter, force=args.force) if adapter else model
     parts = adapter_parts(adapter, config) if args.adapter_gguf else ()
@@ -287,7 +287,8 @@ def main() -> None:
                       f"{same}/{len(told)} 个回答相同（q8_0 和更高的精度要求有）")
         if kinds:
             options = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k, "repeat_penalty": args.repetition_penalty,
-                       "num_ctx": min(4096, config.max_position_embeddings)}
+                       "num_ctx": min(4096, config.max_position_embeddings), **({"seed": args.seed} if args.seed != 42 else {}),
+                       **({"num_predict": args.max_new_tokens} if args.max_new_tokens != 512 else {})}
             bos = tokenizer.bos_token if header["add_bos_token"] else ""
             (staging / "Modelfile").write_text(modelfile(f"model-{kinds[0]}.gguf", tokenizer, bos, ends, options, system), encoding="utf-8")
         staging.rename(output)

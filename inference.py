@@ -112,12 +112,10 @@ def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: b
         fail(4, f"LoRA {adapter} 装不到 {base} 上：{str(error).splitlines()[0][:200]}")
     if bad := next((key for key, value in weights.items() if not torch.isfinite(value).all()), None):
         problems.append(f"权重 {bad} 里有 NaN 或无穷大")
-    if not any(value.any() for key, value in weights.items() if "lora_B" in key):
+    if not any(value.any() for key, value in weights.items() if "lora_B" in key or "lora_embedding_A" in key):
         problems.append("权重全是零，等于没有训练过")
     if different := set(weights) ^ set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=any(".base_layer." in key for key in weights))):
         problems.append(f"权重名和模型对不上，例如 {min(different)}")
-    if hasattr(head := model.get_output_embeddings(), "base_layer") and head.base_layer.weight is model.get_input_embeddings().weight:
-        problems.append("lm_head 上有 LoRA，而它和词嵌入是同一个权重，合并会把两个都改掉（inference.py 加 --no_merge 就不合并）")
     for file, entry in read_json_file(Path(adapter, "manifest.json")).get("files", {}).items():
         if not Path(adapter, file).is_file() or sha256(Path(adapter, file).read_bytes()) != entry["sha256"]:
             problems.append(f"{file} 不是训练时写的那个")
@@ -132,6 +130,12 @@ def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: b
         say(f"警告：{problem}")
     return model.eval()
 
+def can_fold(model) -> bool:
+    """Whether a LoRA may be added into the weights: not into quantized ones, nor into one that is the embedding and the output head at once."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tied = getattr(ends[0], "base_layer", ends[0]).weight is getattr(ends[1], "base_layer", ends[1]).weight
+    return not getattr(model, "is_quantized", False) and not (tied and any(hasattr(end, "base_layer") for end in ends))
+
 def load_model(base_model: str | None = None, lora_weights: str | None = None, device: str = "auto", merge: bool = False, force: bool = False,
                quantization: str = "none", trust_remote_code: bool = False):
     """(model, tokenizer) ready to answer: the base alone where `lora_weights` is None, else with that LoRA (`merge`: folded in). Without
@@ -139,9 +143,8 @@ def load_model(base_model: str | None = None, lora_weights: str | None = None, d
     base = find_model(base_model or (read_json_file(Path(lora_weights, "adapter_config.json")).get("base_model_name_or_path") if lora_weights else None))
     tokenizer = load_tokenizer(lora_weights if lora_weights and Path(lora_weights, "tokenizer_config.json").is_file() else base, trust_remote_code)
     model = load_base(base, *pick_device(device), quantization, trust_remote_code)
-    if lora_weights:
-        model = load_adapter(model, tokenizer, lora_weights, force=force)
-    return model.merge_and_unload() if merge and lora_weights and quantization == "none" else model, tokenizer
+    model = load_adapter(model, tokenizer, lora_weights, force=force) if lora_weights else model
+    return model.merge_and_unload() if merge and lora_weights and can_fold(model) else model, tokenizer
 
 # ---- 3. Answering ----
 
@@ -174,10 +177,8 @@ def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: 
     import torch
     prompts = [encode(tokenizer, messages)[0] for messages in conversations]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    ends = end_token_ids(model, tokenizer)
-    window = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    sampling = {"do_sample": True, **drawn} if temperature > 0 else {"do_sample": False, **dict.fromkeys(drawn)}
+    ends, window = end_token_ids(model, tokenizer), getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    sampling = {"do_sample": temperature > 0, **dict(zip(("temperature", "top_p", "top_k"), (temperature, top_p, top_k) if temperature > 0 else [None] * 3))}
     size = answer_batch_size if temperature == 0 and repetition_penalty == 1 and max(map(len, prompts), default=0) + max_new_tokens <= window else 1
     answers: list[dict] = [{} for _ in prompts]
     for start in range(0, len(order), size):
@@ -191,7 +192,7 @@ def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: 
         torch.manual_seed(seed)
         began = time.perf_counter()
         with torch.inference_mode():
-            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=min(max_new_tokens, window - width), eos_token_id=ends,
+            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=min(max_new_tokens, window - width), eos_token_id=ends, num_beams=1,
                                     past_key_values=roomy_cache(model), use_cache=True, pad_token_id=tokenizer.pad_token_id, repetition_penalty=repetition_penalty, streamer=streamer, **sampling)
         seconds = (time.perf_counter() - began) / len(rows)
         for i, ids in zip(rows, output[:, width:].tolist()):
@@ -220,7 +221,7 @@ def chat(model, tokenizer, args) -> None:
         def on_finalized_text(self, text, stream_end=False):
             self.said += text
             print(visible(text), end="\n" if stream_end else "", flush=True)
-    window = getattr(model.config, "max_position_embeddings", 4096) - args.max_new_tokens
+    window = max((most := getattr(model.config, "max_position_embeddings", None) or 4096) // 2, most - args.max_new_tokens)
     system, turns = args.system, []
     sys.stdin.reconfigure(errors="replace")  # half a character must not end the chat
     importlib.util.find_spec("readline") and importlib.import_module("readline")  # arrow keys, and lines of any length
@@ -284,8 +285,7 @@ def main() -> None:
     out = open(args.output, "a", encoding="utf-8") if args.output else sys.stdout  # noqa: SIM115 - what cannot be written shows now, not after the answers
     from tqdm import tqdm
     with tqdm(total=len(questions), desc="回答", disable=len(questions) == 1 or not sys.stderr.isatty()) as bar:
-        answers = generate(model, tokenizer, [conversation(asked, args.system) for asked in questions], **generation_options(args),
-                           progress=lambda n: bar.update(n - bar.n))
+        answers = generate(model, tokenizer, [conversation(asked, args.system) for asked in questions], **generation_options(args), progress=lambda n: bar.update(n - bar.n))
     texts = [clean_repeats(answer["text"]) if args.clean_repeats else answer["text"] for answer in answers]
     if (args.output or "").endswith(".jsonl"):
         lines = [json.dumps({"question": q[-1]["content"], "answer": text, "stopped": a["stopped"]}, ensure_ascii=False) for q, text, a in zip(questions, texts, answers)]

@@ -260,6 +260,12 @@ def test_a_stopped_evaluation_goes_on_where_it_was_and_ends_the_same(learned, da
     assert without_times(evaluate(tmp_path, *flags)) == whole  # and the same again from the start
     evaluate(tmp_path, *flags, "--resume", "--max_new_tokens", 9, code=2)
     assert "生成参数" in capsys.readouterr().err
+    log.write_text("\n".join(lines[:9]), encoding="utf-8")  # the memory was full: the cure that is told must not cost the answers
+    assert without_times(evaluate(tmp_path, *flags[:-1], 2, "--resume"))["rows"] == whole["rows"]
+    assert "已有 8 个回答" in capsys.readouterr().err
+    log.write_text(lines[0][:50], encoding="utf-8")
+    evaluate(tmp_path, *flags, "--resume", code=2)
+    assert "另一次评估" in capsys.readouterr().err
 
 
 def test_batched_answers_of_the_adapter_are_the_single_ones_on_50_prompts(tiny, learned, tmp_path):
@@ -297,6 +303,9 @@ def test_trained_test_rows_are_warned_of_and_refused_when_strict(learned, data, 
     assert "4 道测试题里有 1 道训练过" in warnings[0] and "qa.csv:2" in warnings[0]
     capsys.readouterr()
     evaluate(tmp_path, *flags, "--strict", code=2)
+    assert "有 1 道训练过" in capsys.readouterr().err
+    (tmp_path / "one.json").write_text(json.dumps([{"问": q, "答": "a"} for q in QUESTIONS]), encoding="utf-8")
+    evaluate(tmp_path, "--lora_weights", folder, "--test_data", tmp_path / "one.json", "--columns", "instruction=问,output=答", "--strict", code=2)
     assert "有 1 道训练过" in capsys.readouterr().err
 
 

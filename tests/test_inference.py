@@ -257,8 +257,42 @@ def test_a_conversation_in_a_file_is_answered_whole(tiny, data, learned, tmp_pat
     assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8"))["answer"] == wanted != alone
 
 
+def test_a_lora_is_not_folded_into_a_base_that_is_stored_in_4_bits(tiny, data, tmp_path):
+    from common import load_base, load_tokenizer
+    from inference import can_fold, load_model
+
+    load_base(tiny, "cpu", torch.float32, "4bit").save_pretrained(tmp_path / "base")
+    load_tokenizer(tiny).save_pretrained(tmp_path / "base")
+    adapter = str(train(tmp_path / "base", data, tmp_path / "run", "--max_steps", 20, "--learning_rate", 0.01) / "final_model")
+    (plain, _), (merged, _) = (load_model(None, adapter, merge=merge) for merge in (False, True))
+    ids = torch.tensor([[5, 6, 7]])
+    assert plain.is_quantized and not can_fold(plain) and torch.equal(plain(input_ids=ids).logits, merged(input_ids=ids).logits)
+
+
+def test_beams_of_a_models_own_settings_do_not_change_greedy_answers(tiny, tmp_path):
+    from inference import generate, load_model
+
+    base = shutil.copytree(tiny, tmp_path / "beams")
+    settings = base / "generation_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text(encoding="utf-8")), "num_beams": 4}), encoding="utf-8")
+    models = [load_model(str(base)), load_model(tiny)]
+    assert models[0][0].generation_config.num_beams == 4
+    beams, greedy = ([a["text"] for a in generate(*model, chats(QUESTIONS[:3]), max_new_tokens=40)] for model in models)
+    assert beams == greedy and all(greedy)
+
+
+def test_a_chat_remembers_though_an_answer_may_be_as_long_as_the_window(learned):
+    says = [f"{q}\n" for q in QUESTIONS[:2]]
+    lengths = [run("inference.py", "--lora_weights", learned, "--interactive", "--max_new_tokens", n, stdin="".join(says) + "/undo\n/exit\n").stdout for n in (60, 512)]
+    assert lengths[0] == lengths[1] and "还剩 1 轮" in lengths[1]
+
+
 def test_compare_says_when_adapters_were_trained_with_other_system_prompts(tiny, data, learned, tmp_path):
     other = train(tiny, data, tmp_path / "other", "--max_steps", 1, "--system", "你是律师")
+    config = json.loads((other / "final_model" / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] += "/."  # the same folder, typed otherwise
+    (other / "final_model" / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (other / "final_model" / "manifest.json").unlink()
     both = ["compare_models.py", "--lora_weights", learned, "--lora_weights", other, "--prompt", QUESTIONS[3], "--max_new_tokens", 2]
     assert "系统提示词不同" in run(*both).stderr
     assert "系统提示词不同" not in run(*both, "--system", "").stderr
@@ -270,9 +304,13 @@ def test_a_lora_on_a_head_that_is_the_embedding_is_not_folded(tmp_path, data):
     (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}), encoding="utf-8")
     from safetensors.torch import load_file, save_file
     save_file({key: x for key, x in load_file(base / "model.safetensors").items() if key != "lm_head.weight"}, base / "model.safetensors", {"format": "pt"})
-    adapter = train(base, data, tmp_path / "run", "--max_steps", 2, "--target_modules", "q_proj", "lm_head")
-    assert "lm_head" in run("inference.py", "--lora_weights", adapter, "--prompt", "x", code=4).stderr
-    run("inference.py", "--lora_weights", adapter, "--prompt", "x", "--force", "--no_merge", "--max_new_tokens", 2)
+    from inference import can_fold, load_model
+    for layer in ("lm_head", "embed_tokens"):
+        adapter = str(train(base, data, tmp_path / layer, "--max_steps", 20, "--learning_rate", 0.01, "--target_modules", "q_proj", layer) / "final_model")
+        (plain, _), (merged, _) = (load_model(str(base), adapter, merge=merge) for merge in (False, True))
+        ids = torch.tensor([[5, 6, 7]])
+        assert not can_fold(plain) and torch.equal(plain(input_ids=ids).logits, merged(input_ids=ids).logits)
+    assert can_fold(load_model(str(base), str(train(base, data, tmp_path / "q", "--max_steps", 2, "--target_modules", "q_proj") / "final_model"))[0])
 
 
 @pytest.mark.parametrize(("script", "flag"), [("inference.py", "--output"), ("compare_models.py", "--json"), ("compare_models.py", "--report"), ("evaluate_model.py", "--report")])
