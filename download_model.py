@@ -116,7 +116,7 @@ def download(model: str, revision: str | None, source: str, endpoint: str, folde
             from huggingface_hub import snapshot_download
             snapshot_download(model, revision=revision, local_dir=folder, ignore_patterns=UNUSED, endpoint=endpoint)
     except Exception as error:  # noqa: BLE001 - two clients, a dozen unrelated types
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         fail(4 if "404" in reason or "not found" in reason.lower() or "not exist" in reason.lower() else 6,
              f"{model} 没有下载完：{reason}\n已下载的部分还在 {folder}，再运行同样的命令接着下载；名字写错了就改 --model")
     shutil.rmtree(folder / "._____temp", ignore_errors=True)
@@ -177,6 +177,8 @@ def main() -> None:
     else:
         if args.model.count("/") != 1 or ".." in args.model or not all(args.model.split("/")):
             fail(2, f"--model 应为 ORG/NAME，例如 LLM-Research/Llama-3.2-3B-Instruct，得到 {args.model}")
+        if args.source == "huggingface" and args.model == parser.get_default("model"):
+            fail(2, "默认模型的名字是 ModelScope 的，Hugging Face 上没有。同时写 --model，例如 --model meta-llama/Llama-3.2-3B-Instruct（先 hf auth login）")
         download(args.model, args.revision, args.source, args.endpoint or ENDPOINTS[args.source], folder)
     print(f"模型已下载到: ./{folder.as_posix()}")
 

@@ -17,7 +17,6 @@ import timeit
 from pathlib import Path
 
 from common import encode, fail, find_model, load_base, load_rows, load_tokenizer, make_parser, number, parse_args, pick_device, run_script, say
-from inference import read_json_file
 
 # ---- 1. What a model does on the user's rows ----
 
@@ -70,8 +69,8 @@ def drop_layers(model, rows: list[tuple], n_keep: int) -> list[int]:
     for number_now, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = number_now
     model.config.num_hidden_layers = n_keep
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[i] for i in kept]
+    for key in [key for key, value in vars(model.config).items() if isinstance(value, list) and len(value) == len(layers)]:  # layer_types and the like
+        setattr(model.config, key, [getattr(model.config, key)[i] for i in kept])
     if getattr(model.config, "max_window_layers", None):
         model.config.max_window_layers = min(model.config.max_window_layers, n_keep)
     return dropped
@@ -198,11 +197,6 @@ def main() -> None:
     output = Path(args.output_dir or f"output/pruned-{args.method}")
     if output.exists():
         fail(2, f"{output} 已经存在。换一个 --output_dir，或先移走它")
-    config = read_json_file(Path(path, "config.json"))
-    n_layers, width = config.get("num_hidden_layers") or 0, config.get("intermediate_size") or 0
-    n_keep = args.keep_layers or max(1, n_layers - round(n_layers * args.ratio))
-    if args.method == "layers" and not 0 < n_keep < n_layers:
-        fail(2, f"这个模型有 {n_layers} 层，留下 {n_keep} 层不行。用 --keep_layers 给一个更小的数，或加大 --ratio")
 
     import torch
     tokenizer = load_tokenizer(path, args.trust_remote_code)
@@ -210,11 +204,15 @@ def main() -> None:
     calibration, test = ([encode(tokenizer, row["messages"], args.max_length) for row in table[:args.calibration_rows]] for table in tables)
     if not calibration or not test:
         fail(3, "--calibration_data 和 --test_data 要有问答行（只有 text 列的文件不行）")
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    stored = (re.findall(r'"(?:torch_)?dtype": *"(\w+)"', Path(path, "config.json").read_text(encoding="utf-8")) or ["float32"])[0]
     model = load_base(path, *pick_device(args.device, "float32" if stored == "float32" else "auto"), trust_remote_code=args.trust_remote_code)
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not layers or not all(hasattr(getattr(layer, "mlp", None), name) for layer in layers for name in ("gate_proj", "up_proj", "down_proj")):
         fail(4, f"{(model.config.architectures or ['这种模型'])[0]} 的层不是 Llama 那样的（gate_proj、up_proj、down_proj），还不会剪")
+    n_layers, width = len(layers), model.config.intermediate_size
+    n_keep = args.keep_layers or max(1, n_layers - round(n_layers * args.ratio))
+    if args.method == "layers" and not 0 < n_keep < n_layers:
+        fail(2, f"这个模型有 {n_layers} 层，留下 {n_keep} 层不行。用 --keep_layers 给一个更小的数，或加大 --ratio")
     def figures() -> tuple[float, float, float]:
         say("量速度和困惑度 ……")
         return sum(p.numel() for p in model.parameters()) / 1e6, tokens_per_second(model, test[:4]), perplexity(model, test)

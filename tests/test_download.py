@@ -154,3 +154,7 @@ def test_an_address_without_a_scheme_and_a_folder_that_is_no_model_get_a_sentenc
     base = Path(make_model(tmp_path / "base"))
     (base / ".files.json").write_text("{", encoding="utf-8")
     assert "删掉这个文件" in run("download_model.py", "--verify", base, code=4).stderr
+
+
+def test_the_default_name_is_not_asked_of_hugging_face(tmp_path):
+    assert "同时写 --model" in run("download_model.py", "--source", "huggingface", "--endpoint", "127.0.0.1:9", cwd=tmp_path, code=2).stderr
