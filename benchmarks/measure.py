@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import shutil
 import subprocess
 import sys
 import time
@@ -91,7 +92,8 @@ def machine(threads: int) -> dict:
     if Path("/proc/cpuinfo").is_file():
         names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = names[0] if names else cpu
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    git = shutil.which("git")
+    commit = subprocess.run([git, "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() if git else ""
     return {"date": datetime.datetime.now().isoformat(" ", "minutes"), "cpu": cpu, "cores": os.cpu_count(), "threads": threads,
             "load_before": round(os.getloadavg()[0], 2), "commit": commit, "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")}}
