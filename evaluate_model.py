@@ -211,10 +211,10 @@ def main() -> None:
         fail(3, f"{args.test_data} 有 {len(labels)} 种参考回答，不像分类数据。去掉 --metrics 和 --label_scoring，按文字评估")
     adapter = None if args.use_original_model else find_adapter(args.lora_weights and args.lora_weights[0])
     run, warnings = run_record(adapter), [f"跳过 {line}" for line in dropped]
-    hashes = [(row["where"], sha256("".join(unicodedata.normalize("NFKC", row["messages"][-2]["content"]).split()))[:16]) for row in rows]
+    trained = set(run.get("row_sha256", ()))
     if adapter and "row_sha256" not in run:
         warnings.append("训练记录 run.json 里没有训练行的指纹 row_sha256，没法查测试题是不是训练过")
-    if seen := [where for where, digest in hashes if digest in run.get("row_sha256", ())]:
+    if seen := [row["where"] for row in rows if sha256("".join(unicodedata.normalize("NFKC", row["messages"][-2]["content"]).split()))[:16] in trained]:
         warnings.append(f"{len(rows)} 道测试题里有 {len(seen)} 道训练过，分数不能当真：{'、'.join(seen[:5])}{' 等' if seen[5:] else ''}")
         if args.strict:
             fail(2, f"{warnings[-1]}。换一份测试表，或从训练数据里去掉这些行再训练；去掉 --strict 就只警告")

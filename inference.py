@@ -178,7 +178,7 @@ def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: 
     prompts = [encode(tokenizer, messages)[0] for messages in conversations]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     ends, window = end_token_ids(model, tokenizer), getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    sampling = {"do_sample": temperature > 0, **dict(zip(("temperature", "top_p", "top_k"), (temperature, top_p, top_k) if temperature > 0 else [None] * 3))}
+    drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else dict.fromkeys(("temperature", "top_p", "top_k"))
     size = answer_batch_size if temperature == 0 and repetition_penalty == 1 and max(map(len, prompts), default=0) + max_new_tokens <= window else 1
     answers: list[dict] = [{} for _ in prompts]
     for start in range(0, len(order), size):
@@ -192,8 +192,8 @@ def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: 
         torch.manual_seed(seed)
         began = time.perf_counter()
         with torch.inference_mode():
-            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=min(max_new_tokens, window - width), eos_token_id=ends, num_beams=1,
-                                    past_key_values=roomy_cache(model), use_cache=True, pad_token_id=tokenizer.pad_token_id, repetition_penalty=repetition_penalty, streamer=streamer, **sampling)
+            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=min(max_new_tokens, window - width), eos_token_id=ends, num_beams=1, do_sample=temperature > 0,
+                                    past_key_values=roomy_cache(model), use_cache=True, pad_token_id=tokenizer.pad_token_id, repetition_penalty=repetition_penalty, streamer=streamer, **drawn)
         seconds = (time.perf_counter() - began) / len(rows)
         for i, ids in zip(rows, output[:, width:].tolist()):
             end = next((k for k, token in enumerate(ids) if token in ends), None)

@@ -196,7 +196,7 @@ def describe(folder: Path) -> dict:
 def synchronize(*paths: Path) -> None:
     """Force files' bytes and folders' names to the disk (Windows cannot open a folder)."""
     for path, handle in ((path, os.open(path, os.O_RDONLY)) for path in paths if os.name != "nt"):
-        with contextlib.suppress(*[OSError] * path.is_dir()):  # some network file systems cannot do it for folders
+        with contextlib.suppress(*([OSError] if path.is_dir() else [])):  # some network file systems cannot do it for folders
             os.fsync(handle)
         os.close(handle)
 

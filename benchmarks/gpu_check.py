@@ -50,10 +50,13 @@ def demo_model(work: Path) -> str:
     """The demo model, or one of its shape with random weights where only its config and tokenizer have been brought along."""
     from transformers import AutoConfig, AutoModelForCausalLM
     folder = ROOT / DEMO_MODEL
-    if not (folder / "model.safetensors").is_file() and not (work / "random-demo").is_dir():
-        shutil.copytree(folder, work / "random-demo")
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(work / "random-demo")
-    return str(folder if (folder / "model.safetensors").is_file() else work / "random-demo")
+    if (folder / "model.safetensors").is_file():
+        return str(folder)
+    made = work / "random-demo"
+    if not made.is_dir():
+        shutil.copytree(folder, made)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(made)
+    return str(made)
 
 
 def train(work: Path, name: str, common: list, *flags, model: str = "") -> dict:

@@ -10,8 +10,8 @@ import itertools
 import json
 import os
 import platform
-import statistics
 import shutil
+import statistics
 import subprocess
 import sys
 import time

@@ -282,9 +282,9 @@ def test_beams_of_a_models_own_settings_do_not_change_greedy_answers(tiny, tmp_p
 
 
 def test_a_chat_remembers_though_an_answer_may_be_as_long_as_the_window(learned):
-    says = [f"{q}\n" for q in QUESTIONS[:2]]
-    lengths = [run("inference.py", "--lora_weights", learned, "--interactive", "--max_new_tokens", n, stdin="".join(says) + "/undo\n/exit\n").stdout for n in (60, 512)]
-    assert lengths[0] == lengths[1] and "还剩 1 轮" in lengths[1]
+    typed = "".join(f"{q}\n" for q in QUESTIONS[:2]) + "/undo\n/exit\n"
+    said = [run("inference.py", "--lora_weights", learned, "--interactive", "--max_new_tokens", n, stdin=typed).stdout for n in (60, 512)]
+    assert said[0] == said[1] and "还剩 1 轮" in said[1]
 
 
 def test_compare_says_when_adapters_were_trained_with_other_system_prompts(tiny, data, learned, tmp_path):
