@@ -279,7 +279,7 @@ def stream_rows(path: str, encoding: str | None = None, columns: str | None = No
                 row = make_row({field: record[name] for field, name in mapped[names].items()})
                 yield {**row, "where": where} if row else f"{where}：问题或回答是空的"
             except (ValueError, TypeError, AttributeError) as error:
-                problem = str(error) if type(error) is ValueError else '的对话应该是 [{"role": "user", "content": "…"}, …]'
+                problem = str(error) if type(error) is ValueError and not str(error).isascii() else '的对话应该是 [{"role": "user", "content": "…"}, …]'
                 if not skip_bad_rows:
                     fail(3, f"{where} {problem}" + "\n跳过这样的行：train.py 和 prepare_data.py 加 --skip_bad_rows" * bool(mapped))
                 yield f"{where}：{problem.splitlines()[0]}"
