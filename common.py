@@ -6,7 +6,6 @@ import contextlib
 import csv
 import datetime
 import difflib
-import errno
 import functools
 import hashlib
 import importlib
@@ -49,11 +48,12 @@ OUT_OF_MEMORY = "out of memory|can't allocate memory"  # in the words of CUDA, M
 
 def say(*parts: Any, sep: str = " ") -> None:
     """Print progress to stderr; stdout is for results."""
-    print(*parts, sep=sep, file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first one talks
+        print(*parts, sep=sep, file=sys.stderr, flush=True)
 
 def fail(code: int, message: str) -> NoReturn:
     """End the program with one clear sentence. Codes: 2 usage, 3 data, 4 model or adapter, 5 numeric, 6 resources."""
-    say(f"错误：{message}")
+    print(f"错误：{message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 def visible(text: str) -> str:
@@ -397,7 +397,7 @@ def end_token_ids(model, tokenizer) -> list[int]:
 
 def pick_device(name: str = "auto", dtype: str = "auto") -> tuple:
     """(device, torch dtype): the best device there is, or `name`; bf16 on CUDA (fp16 on cards without it), fp32 elsewhere, where half
-    precision is tens of times slower (CPU) or overflows (MPS). Exit 2 where the device is missing."""
+    precision is tens of times slower (CPU) or overflows (MPS). torchrun's LOCAL_RANK says which card. Exit 2 where the device is missing."""
     import torch
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(d for d, found in there.items() if found) if name == "auto" else name
@@ -405,7 +405,7 @@ def pick_device(name: str = "auto", dtype: str = "auto") -> tuple:
         fail(2, f"这台机器没有 {device} 设备，可用的是 {'、'.join(d for d, found in there.items() if found)}")
     if device.startswith("cuda"):
         best = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-        return device, getattr(torch, best if dtype == "auto" else dtype)
+        return device if ":" in device else f"cuda:{os.environ.get('LOCAL_RANK', '0')}", getattr(torch, best if dtype == "auto" else dtype)
     if dtype not in ("auto", "float32"):
         say(f"{device.upper()} 上改用 float32：{dtype} 在这里更慢或会溢出")
     return device, torch.float32
@@ -493,7 +493,7 @@ def run_script(main) -> None:
     except Exception as error:  # on a full disk safetensors and tokenizers raise types of their own
         if isinstance(error, OSError) and error.filename:
             fail(6, f"不能读写 {error.filename}：{error.strerror}。已完成的 checkpoint 没有受影响")
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(r"No space left|os error (27|28|122)\b|requested and \d+ written", str(error)):
+        if re.search(r"No space left|(?i:errno|os error) (27|28|69|122)\b|requested and \d+ written", str(error)):  # EFBIG, ENOSPC, EDQUOT
             fail(6, "磁盘满了。腾出空间后再运行同样的命令；已完成的 checkpoint 没有受影响")
         if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
             fail(6, "内存不够。训练：--batch_size 减半、--gradient_accumulation_steps 加倍（结果一样），或加 --gradient_checkpointing；回答：减小 --answer_batch_size")

@@ -26,8 +26,7 @@ from pathlib import Path
 from common import (TEMPLATE_DATE, encode, end_token_ids, fail, find_model, fingerprint, load_base, load_rows, load_tokenizer, make_parser,
                     number, parse_args, pick_device, run_script, say, sha256, text_ids, visible)
 
-# flags that may differ between a run and its continuation; any other would make it another run
-MAY_CHANGE = {"num_epochs", "max_steps", "eval_every", "save_every", "save_total_limit", "logging_steps", "report_to", "early_stopping_patience", "device", "trust_remote_code", "gradient_checkpointing"}
+MAY_CHANGE_ON_RESUME = {"num_epochs", "max_steps", "eval_every", "save_every", "save_total_limit", "logging_steps", "report_to", "early_stopping_patience", "device", "trust_remote_code", "gradient_checkpointing"}
 
 def arguments(saved: dict | None = None) -> argparse.Namespace:
     """The command line; `saved` are the settings of a run to resume, taken where nothing is typed."""
@@ -99,10 +98,9 @@ def preview(tokenizer, input_ids: list[int], labels: list[int]) -> str:
 def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, row_lengths=None, **kwargs):
     """Causal attention inside each row of a pack, (1, heads, tokens, head_dim) → (1, tokens, heads, head_dim): a call per row needs no mask."""
     import torch
-    from torch.nn.functional import scaled_dot_product_attention as attend
+    options = {"dropout_p": dropout, "is_causal": True, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     rows = zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)))
-    outputs = [attend(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]) for q, k, v in rows]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat([torch.nn.functional.scaled_dot_product_attention(*row, **options) for row in rows], dim=2).transpose(1, 2), None
 
 def step_rows(n_rows: int, rows_per_step: int, seed: int, step: int) -> list[int]:
     """Indices of the rows of optimizer step `step`, a function of (seed, step): every row once per epoch, the last step takes what is left."""
@@ -148,9 +146,8 @@ def chunked_loss(hidden, weight, targets, chunk: int = 256):
     return total + ((hidden - hidden.detach()) * torch.cat(gradients)).sum() if gradients else total  # adds zero, with the gradient made above
 
 def loss_sum(model, rows: list, packed: bool, neftune_alpha: float = 0.0, teach=None):
-    """(sum of the label tokens' losses of `rows`, sum of their distances to a teacher or 0); `rows` is a list of (input_ids, labels, where):
-    several if `packed`, else one. Packed, they stand one behind the other in one line of tokens, each with its own positions and attention,
-    and the output head runs only on the positions that predict a label. So nothing is padded, and the sum is that of the rows apart."""
+    """(sum of the label tokens' losses, sum of their distances to a teacher or 0) of `rows`, a list of (input_ids, labels, where): of one, or, if `packed`,
+    of several in one line without padding, each with its own positions and attention, the output head only where a label is predicted: the same sum."""
     import torch
     lengths = [len(ids) for ids, _, _ in rows]
     input_ids = torch.tensor([[i for ids, _, _ in rows for i in ids]], device=model.device)
@@ -185,6 +182,15 @@ def can_pack(model, rows: list) -> bool:
             return True
     model.config._attn_implementation = usual
     return False
+
+def sum_over_processes(*tensors) -> list[float]:
+    """Sum each of `tensors`, in place, over the processes that torchrun has started, if it has; returns the numbers of the first one."""
+    import torch
+    with contextlib.suppress(RuntimeError):  # another process has ended
+        for tensor in tensors if torch.distributed.is_initialized() else ():
+            torch.distributed.all_reduce(tensor)
+        return tensors[0].tolist()
+    fail(6, "别的训练进程断了，这个也停下。已有的 checkpoint 完好：去掉原因，同样的命令加 --resume_from_checkpoint auto 接着训练")
 
 # ---- Checkpoints ----
 
@@ -250,6 +256,7 @@ def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
 
 def main() -> None:
     args = arguments()
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))  # torchrun's; rank 0 talks and saves
     changed, resume = {}, find_checkpoint(args.resume_from_checkpoint, args.output_dir) if args.resume_from_checkpoint else None
     if resume:
         state = json.loads((resume / "state.json").read_text(encoding="utf-8"))
@@ -258,7 +265,7 @@ def main() -> None:
         changed = {name: f"  {name}：{old} → {getattr(args, name)}" for name, old in state["args"].items()
                    if name not in ("output_dir", "config", "resume_from_checkpoint", "dry_run") and getattr(args, name) != old}
         same_rows = state["args"]["batch_size"] * state["args"]["gradient_accumulation_steps"] == args.batch_size * args.gradient_accumulation_steps
-        if forbidden := [line for name, line in changed.items() if name not in MAY_CHANGE | ({"batch_size", "gradient_accumulation_steps"} if same_rows else set())]:
+        if forbidden := [line for name, line in changed.items() if name not in MAY_CHANGE_ON_RESUME | ({"batch_size", "gradient_accumulation_steps"} if same_rows else set())]:
             fail(2, "\n".join(["这些参数和 checkpoint 里的不同，接着训练就不是同一次训练了：", *forbidden, "去掉它们接着训练，或去掉 --resume_from_checkpoint 从头训练"]))
     model_path = args.model_name = find_model(args.model_name)
 
@@ -298,25 +305,25 @@ def main() -> None:
     if cut:
         say(f"有 {len(cut)} 行超过 max_length {args.max_length}，其中 {sum(lost for _, lost in cut.values())} 行的回答被截断（这些行不学结束符）："
             f"{'、'.join([*cut][:5])}{' 等' if len(cut) > 5 else ''}。要全部放下用 --max_length {max(cut.values())[0]}")
-    most = {"打乱后的第一行": lambda row: 0, "最长的一行": lambda row: len(row[0]), "截得最多的一行": lambda row: cut.get(row[2], (0,))[0]}
-    for title, by in [*most.items()][:3 if args.dry_run else 1]:
-        ids, labels, where = max(train_data, key=by)
-        say(f"{title}，{where}（{'绿色' if sys.stderr.isatty() else '【】里'}是要学的）：\n{preview(tokenizer, ids, labels)}")
+    longest_row, most_cut = max(train_data, key=lambda row: len(row[0])), max(train_data, key=lambda row: cut.get(row[2], (0,))[0])
+    for title, row in [("打乱后的第一行", train_data[0]), ("最长的一行", longest_row), ("截得最多的一行", most_cut)][:3 if args.dry_run else 1]:
+        say(f"{title}，{row[2]}（{'绿色' if sys.stderr.isatty() else '【】里'}是要学的）：\n{preview(tokenizer, *row[:2])}")
     if args.dry_run:
         return say(importlib.import_module("prune_model").estimate(args, lengths, rows_per_step, total_steps))
 
     folder = Path(args.output_dir or time.strftime("output/llama-lora-%Y%m%d_%H%M%S"))
-    if not resume and ((folder / "final_model").exists() or checkpoints(folder)):
-        fail(2, f"{folder} 里已经有训练结果。接着训练加 --resume_from_checkpoint auto；重新训练换一个 --output_dir")
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    try:  # torch brings filelock
-        (lock := importlib.import_module("filelock").FileLock(folder / ".lock")).acquire(timeout=0)  # noqa: F841 - held until the process ends, however it ends
-    except TimeoutError:
-        fail(2, f"另一个训练正在用 {folder}。等它结束，或换一个 --output_dir")
-    for stale in folder.glob(".tmp-*"):
-        shutil.rmtree(stale)
-    if args.report_to == "wandb":
-        importlib.import_module("wandb").init(project="lora", name=folder.name, config=vars(args), dir=folder, sync_tensorboard=True)
+    if rank == 0:
+        if not resume and ((folder / "final_model").exists() or checkpoints(folder)):
+            fail(2, f"{folder} 里已经有训练结果。接着训练加 --resume_from_checkpoint auto；重新训练换一个 --output_dir")
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        try:  # torch brings filelock
+            (lock := importlib.import_module("filelock").FileLock(folder / ".lock")).acquire(timeout=0)  # noqa: F841 - held until the process ends, however it ends
+        except TimeoutError:
+            fail(2, f"另一个训练正在用 {folder}。等它结束，或换一个 --output_dir")
+        for stale in folder.glob(".tmp-*"):
+            shutil.rmtree(stale)
+        if args.report_to == "wandb":
+            importlib.import_module("wandb").init(project="lora", name=folder.name, config=vars(args), dir=folder, sync_tensorboard=True)
 
     # ---- 2. Device, model, LoRA ----
     if args.quantization == "none" and args.optim != "paged_adamw_8bit" and not args.teacher_model and "quantization_config" not in Path(model_path, "config.json").read_text("utf-8"):
@@ -326,6 +333,8 @@ def main() -> None:
     import transformers
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
+    if world > 1:
+        torch.distributed.init_process_group()
     device, dtype = pick_device(args.device, args.dtype)
     on_cuda = device.startswith("cuda")
     optim = args.optim if args.optim != "auto" else "paged_adamw_8bit" if on_cuda and args.quantization != "none" else "adamw_torch"
@@ -362,21 +371,24 @@ def main() -> None:
     scaler = torch.amp.GradScaler(enabled=on_cuda and dtype == torch.float16)
 
     # ---- 3. The run's record, and a checkpoint to go on from ----
-    run = {"args": vars(args), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "device": device, "dtype": str(dtype).removeprefix("torch."),
+    run = {"args": vars(args), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "device": device, "processes": world, "dtype": str(dtype).removeprefix("torch."),
            "versions": {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in (torch, transformers, peft)}},
            "threads": state["threads"] if resume else torch.get_num_threads(), "data_sha256": sha256(json.dumps([train_data, val_data])), "base_fingerprint": fingerprint(model_path),
            "template_sha256": sha256(tokenizer.chat_template), "template_date": TEMPLATE_DATE.isoformat(), "end_tokens": end_token_ids(model, tokenizer),
            "row_sha256": [sha256("".join(unicodedata.normalize("NFKC", row["messages"][-2]["content"]).split()))[:16] for row in rows if "messages" in row]}
-    history, losses, best, best_step, bad_evals, start_step = [], [], math.inf, 0, 0, 0
+    history, losses, best, best_step, bad_evals, start_step = [], [], math.inf, 0, 0, state["step"] if resume else 0
+    here = int(sha256(f"{start_step} {total_steps} {run['data_sha256']} {run['base_fingerprint']}")[:8], 16)
+    if sum_over_processes(torch.tensor([here]))[0] != world * here:
+        fail(4, "各个训练进程看到的数据、模型或 checkpoint 不同。几台机器要有同样的文件，checkpoint 放在共用的目录里")
     if resume:
         for key, name in (("data_sha256", "训练数据"), ("base_fingerprint", "基础模型的权重"), ("template_sha256", "对话模板")):
             if state[key] != run[key]:
                 fail(4, f"{name}和 checkpoint 里的不同（{state[key][:12]} → {run[key][:12]}）。换回原来的，或去掉 --resume_from_checkpoint 从头训练")
         torch.set_num_threads(run["threads"])  # sums are added up in another order with another number of threads
-        pairs = [("设备", state["device"], device), ("batch_size", state["args"]["batch_size"], args.batch_size), *((name, version, run["versions"][name]) for name, version in state["versions"].items())]
+        pairs = [("设备", state["device"], device), ("进程数", state.get("processes", 1), world), ("batch_size", state["args"]["batch_size"], args.batch_size), *((name, version, run["versions"][name]) for name, version in state["versions"].items())]
         if different := [f"{what} {then} → {now}" for what, then, now in pairs if then != now]:
             say(f"注意：{'，'.join(different)}，结果不再与不中断时逐位一致")
-        start_step, best, best_step, bad_evals, losses = state["step"], state["best"] or math.inf, state["best_step"], state["bad_evals"], state["losses"]
+        best, best_step, bad_evals, losses = state["best"] or math.inf, state["best_step"], state["bad_evals"], state["losses"]
         peft.set_peft_model_state_dict(model, load_file(resume / "adapter_model.safetensors"))
         entries = {**load_file(resume / "optimizer.safetensors"), **state["optimizer"]}
         moments = {i: {key.partition(".")[2]: v for key, v in entries.items() if key.startswith(f"{i}.")} for i in range(len(parameters))}
@@ -389,51 +401,38 @@ def main() -> None:
         say(f"从 {resume} 接着训练：已做 {start_step} 步，共 {total_steps} 步", *changed.values(), sep="\n")
         if (start_step >= total_steps or 0 < args.early_stopping_patience <= bad_evals) and (folder / "final_model").is_dir():
             return say(f"这次训练已完成：{folder / 'final_model'}。想再训几轮就加大 --{'num_epochs' if start_step >= total_steps else 'early_stopping_patience（0 = 不停）'}")
-    for name, text in (("run.json", json.dumps(run, ensure_ascii=False, indent=1)), ("metrics.jsonl", "".join(json.dumps(m) + "\n" for m in history))):
+    for name, text in () if rank else (("run.json", json.dumps(run, ensure_ascii=False, indent=1)), ("metrics.jsonl", "".join(json.dumps(m) + "\n" for m in history))):
         (folder / f".new-{name}").write_text(text, encoding="utf-8")
         os.replace(folder / f".new-{name}", folder / name)  # a crash or a full disk leaves the old one
-    if args.report_to != "none":
+    if args.report_to != "none" and rank == 0:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(str(folder / "logs"), purge_step=start_step + 1 if resume else 0)
     def record(step: int, metrics: dict, words: str) -> None:
         history.append({"step": step, **metrics})
-        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(os.devnull if rank else folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(history[-1]) + "\n")
-        for name, value in metrics.items() if args.report_to != "none" else ():
+        for name, value in metrics.items() if args.report_to != "none" and rank == 0 else ():
             board.add_scalar(name, value, step)
-        with contextlib.suppress(OSError):  # Ctrl-C has ended `| tee` too, and the step must still be saved
-            tqdm.write(words, file=sys.stderr)
-    say(f"设备 {device}（{'--device 指定' if args.device != 'auto' else '没有找到显卡' if device == 'cpu' else '自动找到'}），基础权重 {run['dtype']}{'' if args.quantization == 'none' else '，量化 ' + args.quantization}，LoRA float32，优化器 {optim}，"
+        with contextlib.suppress(OSError), tqdm.external_write_mode():  # Ctrl-C has ended `| tee` too, and the step must still be saved
+            say(words)
+    say(f"设备 {device}{f' 等，{world} 个进程分担每一步的行' if world > 1 else ''}（{'--device 指定' if args.device != 'auto' else '没有找到显卡' if device == 'cpu' else '自动找到'}），基础权重 {run['dtype']}{'' if args.quantization == 'none' else '，量化 ' + args.quantization}，LoRA float32，优化器 {optim}，"
         f"{'按行打包，不填充' if packed else '填充' if not args.fast else '填充（这种模型不能打包）'}\n"
         f"可训练参数 {trainable:,} / {total:,}（{100 * trainable / total:.2f}%），加在 {'、'.join(sorted({name.rpartition('.')[2] for name in model.targeted_module_names}))}\n"
         f"每步 {rows_per_step} 行，每轮 {steps_per_epoch} 步，共 {total_steps} 步；输出到 {folder}")
 
     # ---- 4. The loop ----
-    stopped_by, warmup = 0, math.ceil(total_steps * args.warmup_ratio)
+    signals, warmup = [], math.ceil(total_steps * args.warmup_ratio)
     def on_signal(number: int, frame) -> None:
-        nonlocal stopped_by
-        if stopped_by:
+        signals.append(number)
+        if len(signals) > 1:
             os._exit(128 + number)
-        stopped_by = number
         with contextlib.suppress(OSError):  # print() may not be called while the interrupted code is printing
-            os.write(2, "\n收到停止信号：做完这一步就保存并退出（再按一次立即退出）\n".encode())
+            os.write(2, b"" if rank else "\n收到停止信号：做完这一步就保存并退出（再按一次立即退出）\n".encode())
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    bar, tokens, all_tokens, skipped = tqdm(total=total_steps, initial=start_step), 0, 0, 0
+    bar, tokens, all_tokens, skipped = tqdm(total=total_steps, initial=start_step, disable=rank > 0 or None), 0, 0, 0
     model.train()
-
-    # The longest micro-batch first: too little memory shows now and not on row 900 (packs on a CPU are all about as large). On a card the budget shrinks.
-    while on_cuda or not packed:
-        try:
-            with amp:
-                sum(loss_sum(model, micro_batches(sorted(train_data, key=lambda row: len(row[0]))[-rows_per_step:], budget, packed)[0], packed, 0.0, teach)).backward()
-            break
-        except torch.OutOfMemoryError:
-            if budget < lengths[-1]:
-                raise
-            budget //= 2
-            say(f"显存放不下 {2 * budget} token 的微批，改为 {budget}，梯度不变")
-    began = since = time.perf_counter()
+    began, seconds = time.perf_counter(), 0.0
 
     for step in range(start_step, total_steps + 1):
         fresh = step > start_step or not resume  # what a checkpoint already holds is not done again
@@ -442,21 +441,21 @@ def main() -> None:
         if val_data and fresh and (step % (args.eval_every or steps_per_epoch) == 0 or step == total_steps):
             model.eval()
             with torch.inference_mode(), amp:
-                total_loss = sum(loss_sum(model, batch, packed)[0].item() for batch in micro_batches(val_data, budget, packed))
+                total_loss = sum(loss_sum(model, batch, packed)[0].item() for batch in micro_batches(val_data[rank::world], budget, packed))
             model.train()
-            val_loss = total_loss / sum(t != -100 for _, labels, _ in val_data for t in labels[1:])
+            val_loss = sum_over_processes(torch.tensor([total_loss], dtype=torch.float64))[0] / sum(t != -100 for _, labels, _ in val_data for t in labels[1:])
             is_best = val_loss < best or best_step == 0 < step and math.isfinite(val_loss)  # of the trained ones, even if none beats the base
             best, best_step, bad_evals = (val_loss, step, 0) if is_best else (best, best_step, bad_evals + 1)
             note = "微调前" if step == 0 else "目前最好" if is_best else f"最好的是第 {best_step} 步的 {best:.4f}"
             record(step, {"val_loss": round(val_loss, 6), "epoch": round(step / steps_per_epoch, 4)},
                    f"验证：第 {step} 步，损失 {val_loss:.4f}，困惑度 {math.exp(min(val_loss, 50)):.2f}（{note}）")
-        last = step == total_steps or stopped_by > 0 or 0 < args.early_stopping_patience <= bad_evals
+        last = (stopped := sum_over_processes(torch.tensor([len(signals)]))[0] > 0) or step == total_steps or 0 < args.early_stopping_patience <= bad_evals
 
         # once in a while: save, then delete what is neither recent nor the best
         due = step > 0 and fresh and (best_step == step or last or (args.save_every >= 0 and step % (args.save_every or steps_per_epoch) == 0))
-        if (due or step == start_step) and (free := shutil.disk_usage(folder).free) < (need := 13 * trainable):  # the adapter and two moments, fp32
+        if rank == 0 and (due or step == start_step) and (free := shutil.disk_usage(folder).free) < (need := 13 * trainable):  # the adapter and two moments, fp32
             fail(6, f"磁盘满了：存一个 checkpoint 要 {need / 1e6:.1f} MB，{folder} 那里还剩 {free / 1e6:.1f} MB。已有的 checkpoint 完好；腾出空间后加 --resume_from_checkpoint auto 接着训练")
-        if due:
+        if due and rank == 0:
             values = {f"{i}.{key}": v for i, entry in torch.optim.Optimizer.state_dict(optimizer)["state"].items() for key, v in entry.items()}  # unwrapped
             state = {**run, "step": step, "losses": losses, "best": best if best < math.inf else None, "best_step": best_step, "bad_evals": bad_evals,
                      "scaler": scaler.state_dict(), "optimizer": {key: v for key, v in values.items() if not torch.is_tensor(v)}}
@@ -477,18 +476,20 @@ def main() -> None:
         # micro-steps: the rows of a step, and every random number drawn in it, follow from (seed, step)
         bar.set_description(f"Epoch {step // steps_per_epoch + 1}/{math.ceil(args.num_epochs)}")
         batch_rows = [train_data[i] for i in step_rows(len(train_data), rows_per_step, args.seed, step)]
-        label_tokens, step_loss, step_parts = sum(t != -100 for _, labels, _ in batch_rows for t in labels[1:]), 0.0, (0.0, 0.0)
-        since = since if tokens else time.perf_counter()
-        torch.manual_seed(args.seed * 1_000_003 + step)
-        optimizer.zero_grad(set_to_none=True)
-        for batch in micro_batches(batch_rows, budget, packed):
+        label_tokens, step_loss, step_parts = sum(t != -100 for _, labels, _ in batch_rows for t in labels[1:]), 0.0, [0.0, 0.0]
+        since = time.perf_counter()
+        torch.manual_seed(args.seed * 1_000_003 + step + (rank << 22))  # a CPU takes the lower 32 bits
+        for p in parameters:
+            p.grad = torch.zeros_like(p)  # a process may get none of a short last step's rows
+        for batch in micro_batches(sorted(batch_rows, key=lambda row: -len(row[0]))[rank::world], budget, packed):
             with amp:
                 # sums, divided by the label tokens of the whole step: any split of the rows gives the same gradient
                 parts = loss_sum(model, batch, packed, args.neftune_alpha, teach)
                 loss = ((1 - kd_ratio) * parts[0] + kd_ratio * parts[1]) / label_tokens
             scaler.scale(loss).backward()
             step_loss += loss.item()
-            step_parts = [total + part.detach() / label_tokens for total, part in zip(step_parts, parts)]
+            step_parts = [total + part.item() / label_tokens for total, part in zip(step_parts, parts)]
+        step_loss, *step_parts = sum_over_processes(torch.tensor([step_loss, *step_parts], dtype=torch.float64), *(p.grad for p in parameters))
 
         # clip; what is not a number never reaches the weights
         scaler.unscale_(optimizer)
@@ -513,21 +514,20 @@ def main() -> None:
             say(f"警告：第 {step + 1} 步的损失 {step_loss:.3f} 比前面 {len(recent)} 步高 {z:.1f} 个标准差：{'、'.join(where for _, _, where in batch_rows)}")
         bar.update()
         losses.append(step_loss)
-        tokens += sum(len(ids) for ids, _, _ in batch_rows)
+        tokens, seconds = tokens + sum(len(ids) for ids, _, _ in batch_rows), seconds + time.perf_counter() - since
         if (step + 1) % args.logging_steps == 0 or step + 1 == total_steps:
-            now = time.perf_counter()
-            left = int((now - since) / len(losses) * (total_steps - step - 1))
+            left = int(seconds / len(losses) * (total_steps - step - 1))
             metrics = {"loss": round(sum(losses) / len(losses), 6), "learning_rate": float(f"{args.learning_rate * scale:.4g}"), "grad_norm": round(grad_norm, 4),
-                       "tokens_per_second": round(tokens / (now - since), 1), "epoch": round((step + 1) / steps_per_epoch, 4),
+                       "tokens_per_second": round(tokens / seconds, 1), "epoch": round((step + 1) / steps_per_epoch, 4),
                        **({"peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2), "skipped_updates": skipped} if on_cuda else {})}
-            metrics |= {"answer_loss": round(step_parts[0].item(), 6), "teacher_loss": round(step_parts[1].item(), 6)} if teach else {}  # of this step
+            metrics |= {"answer_loss": round(step_parts[0], 6), "teacher_loss": round(step_parts[1], 6)} if teach else {}  # of this step
             record(step + 1, metrics, f"{metrics} 第 {step + 1}/{total_steps} 步，还要 {left // 60}:{left % 60:02d}")
-            losses, tokens, all_tokens = [], 0, all_tokens + tokens
+            losses, tokens, seconds, all_tokens = [], 0, 0.0, all_tokens + tokens
 
     bar.close()
-    if stopped_by:
-        say(f"已保存到 {folder}/checkpoint-{step}。继续：python train.py --output_dir {folder} --resume_from_checkpoint auto" if step else "还没有做完一步，什么也没有存。重新运行同样的命令")
-        sys.exit(128 + stopped_by)
+    if stopped or rank:
+        say(f"已保存到 {folder}/checkpoint-{step}。继续：{'python' if world == 1 else 'torchrun …'} train.py --output_dir {folder} --resume_from_checkpoint auto" if step else "还没有做完一步，什么也没有存。重新运行同样的命令")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0] if stopped else 0)
 
     # ---- 5. The best adapter becomes final_model ----
     if problem := damage(source := folder / f"checkpoint-{best_step or step}"):
@@ -540,9 +540,9 @@ def main() -> None:
     summary = {"步数": f"{step}（{step / steps_per_epoch:g} 轮）", "训练行数": len(train_data), "可训练参数": f"{trainable:,}（{100 * trainable / total:.2f}%）",
                "用时": f"{(minutes := (time.perf_counter() - began) / 60):.1f} 分钟", "速度": f"{all_tokens / minutes / 60:.0f} token/s（含验证和保存）",
                **({"验证损失": f"{next(m['val_loss'] for m in history if 'val_loss' in m):.4f} → {best:.4f}（第 {best_step} 步）"} if val_data else {})}
-    (folder / "training_report.md").write_text("\n".join([
-        f"# 训练报告\n\n{run['started']} 开始，{run['device']}，{run['dtype']}，torch {run['versions']['torch']}\n\n| 项目 | 值 |\n|---|---|",
-        *(f"| {name} | {value} |" for name, value in [*summary.items(), *run["args"].items()]), ""]), encoding="utf-8")
+    lines = [f"# 训练报告\n\n{run['started']} 开始，{run['device']}，{run['dtype']}，torch {run['versions']['torch']}\n\n| 项目 | 值 |\n|---|---|",
+             *(f"| {name} | {value} |" for name, value in [*summary.items(), *run["args"].items()])]
+    (folder / "training_report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     say("\n".join(f"{name}：{value}" for name, value in summary.items()) + f"\n训练完成，报告在 {folder / 'training_report.md'}")
     print(folder / "final_model")
 

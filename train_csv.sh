@@ -67,10 +67,19 @@ case " $* " in
     ;;
 esac
 
-# ---- 3. Training, and what to type next ----
+# ---- 3. Training, a process for each card, and what to type next ----
 result="$(mktemp)"
 trap 'rm -f "$result"' EXIT
-"$python" train.py ${extra[@]+"${extra[@]}"} "$@" >"$result" || exit $?
+run=("$python")
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then cards="$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^$/d' | wc -l)"; else cards="$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)"; fi
+case " $* " in *" --device"[\ =]* | *" --dry"[_-]run* | *" --help "* | *" -h "*) cards=1 ;; esac
+if [ "$cards" -gt 1 ]; then
+    # torchrun has one exit code for all, and says a refusal once a process: see first whether there is one
+    "$python" train.py ${extra[@]+"${extra[@]}"} "$@" --dry_run >/dev/null 2>"$result" || { code=$?; cat "$result" >&2; exit $code; }
+    say "$((cards)) 张显卡一起训练，每张一个进程（只用一张：--device cuda:0）"
+    run+=(-m torch.distributed.run --standalone --nproc_per_node "$((cards))")
+fi
+"${run[@]}" train.py ${extra[@]+"${extra[@]}"} "$@" >"$result" || exit $?
 adapter="$(tail -n 1 "$result")"
 [ -d "$adapter" ] || { cat "$result"; exit 0; }
 say ""
