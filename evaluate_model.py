@@ -198,6 +198,8 @@ def main() -> None:
     log_path = Path(args.output).with_suffix(".jsonl")
     if Path(args.output).suffix != ".csv" or Path(args.test_data).resolve() in (Path(args.output).resolve(), log_path.resolve()):
         fail(2, f"--output 应是一个 .csv 文件，它和旁边的 {log_path.name} 都不能是测试数据。换一个名字，例如 --output evaluation_results.csv")
+    if Path(args.test_data).is_dir():  # of a folder that is split, the loader takes the part to learn
+        fail(2, f"--test_data {args.test_data} 是目录。写明里面的测试文件，例如 --test_data {args.test_data}/test.jsonl")
     if args.report:
         open(args.report, "a", encoding="utf-8").close()  # what cannot be written shows now, not after the answers
 

@@ -282,19 +282,19 @@ def main() -> None:
     args.system = run_record(adapter).get("args", {}).get("system") if args.system is None else args.system
     if args.interactive:
         return chat(model, tokenizer, args)
-    out = open(args.output, "a", encoding="utf-8") if args.output else sys.stdout  # noqa: SIM115 - what cannot be written shows now, not after the answers
+    out = open(args.output, "w", encoding="utf-8") if args.output else sys.stdout  # noqa: SIM115 - what cannot be written shows now, not after the answers
     from tqdm import tqdm
     with tqdm(total=len(questions), desc="回答", disable=len(questions) == 1 or not sys.stderr.isatty()) as bar:
-        answers = generate(model, tokenizer, [conversation(asked, args.system) for asked in questions], **generation_options(args), progress=lambda n: bar.update(n - bar.n))
-    texts = [clean_repeats(answer["text"]) if args.clean_repeats else answer["text"] for answer in answers]
-    if (args.output or "").endswith(".jsonl"):
-        lines = [json.dumps({"question": q[-1]["content"], "answer": text, "stopped": a["stopped"]}, ensure_ascii=False) for q, text, a in zip(questions, texts, answers)]
-    else:
-        lines = [f"问：{visible(q[-1]['content'])}\n答：{visible(text)}\n" if args.prompt_file else visible(text) for q, text in zip(questions, texts)]
+        for first in range(0, len(questions), args.answer_batch_size):  # Ctrl-C loses one batch, not all that was answered
+            asked = questions[first:first + args.answer_batch_size]
+            answers = generate(model, tokenizer, [conversation(q, args.system) for q in asked], **generation_options(args), progress=lambda n: bar.update(first + n - bar.n))  # noqa: B023
+            for question, answer in zip((q[-1]["content"] for q in asked), answers):
+                text = clean_repeats(answer["text"]) if args.clean_repeats else answer["text"]
+                line = json.dumps({"question": question, "answer": text, "stopped": answer["stopped"]}, ensure_ascii=False)
+                spoken = f"问：{visible(question)}\n答：{visible(text)}\n" if args.prompt_file else visible(text)
+                print(line if (args.output or "").endswith(".jsonl") else spoken, file=out, flush=True)
     if args.output:
-        out.seekable() and out.truncate(0)  # not /dev/stdout
-        say(f"{len(answers)} 个回答写到 {args.output}")
-    print("\n".join(lines), file=out, flush=True)
+        say(f"{len(questions)} 个回答写到 {args.output}")
 
 if __name__ == "__main__":
     run_script(main)

@@ -160,6 +160,8 @@ def call(script, *args, code=0):
     import importlib
     import signal
 
+    import bitsandbytes  # noqa: F401 - train.py keeps it away where nothing is quantised, and here later tests quantise
+
     module = importlib.import_module(Path(script).stem)
     argv, handlers = sys.argv, [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
     sys.argv = [script, *map(str, args)]

@@ -340,6 +340,7 @@ def test_what_cannot_be_evaluated_exits_with_the_way_out(learned, data, tmp_path
     (tmp_path / "text.csv").write_text("text\n整段文字\n", encoding="utf-8")
     run("evaluate_model.py", "--lora_weights", learned, "--test_data", tmp_path / "text.csv", cwd=tmp_path, code=3)
     assert "compare_models.py" in run("evaluate_model.py", "--lora_weights", learned, "--lora_weights", learned, cwd=tmp_path, code=2).stderr
+    assert "是目录" in run("evaluate_model.py", "--lora_weights", learned, "--test_data", tmp_path, cwd=tmp_path, code=2).stderr  # its training part would be taken
     assert "bleu" in run("evaluate_model.py", "--metrics", "blue", cwd=tmp_path, code=2).stderr
 
 

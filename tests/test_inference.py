@@ -4,6 +4,10 @@ import importlib
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +121,20 @@ def test_a_file_of_prompts_is_answered_in_its_order(learned, tmp_path):
     assert [(r["question"], r["answer"], r["stopped"]) for r in rows] == [(q, a, True) for q, a in zip(QUESTIONS, ANSWERS)]
     printed = run("inference.py", "--lora_weights", learned / "final_model", "--prompt_file", tmp_path / "q.txt").stdout
     assert printed.count("问：") == 8 and all(a in printed for a in ANSWERS)
+
+
+def test_an_interrupted_file_of_prompts_keeps_the_answers_made(learned, tmp_path):
+    (tmp_path / "q.txt").write_text("\n".join(QUESTIONS * 100) + "\n", encoding="utf-8")
+    flags = ["--lora_weights", str(learned), "--prompt_file", str(tmp_path / "q.txt"), "--output", str(tmp_path / "a.jsonl"), "--answer_batch_size", "2"]
+    typed = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_path('inference.py', run_name='__main__')"  # a script's background is deaf
+    process = subprocess.Popen([sys.executable, "-c", typed, *flags], cwd=ROOT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "a.jsonl").exists() and (tmp_path / "a.jsonl").stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert "已停止" in process.communicate(timeout=30)[1].decode() and process.returncode == 130
+    answers = [json.loads(line)["answer"] for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert 2 <= len(answers) < 800 and answers == (ANSWERS * 100)[:len(answers)]
 
 
 def test_a_chat_streams_remembers_and_obeys_its_commands(learned, tmp_path):
