@@ -25,12 +25,10 @@ from typing import Any, NoReturn
 DEFAULT_MODEL, DEMO_MODEL = "./models/LLM-Research/Llama-3.2-3B-Instruct", "./models/SmolLM2-135M-Instruct"
 # Llama-3.2's template prints today's date, so training and chatting would see different prompts: every template is given this day.
 TEMPLATE_DATE = datetime.date(2024, 7, 26)
-# for tokenizers without a template of their own (GPT-2, OPT …); saved with the adapter
-PLAIN_TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}\n\n"
+PLAIN_TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}\n\n"  # where a tokenizer has none (GPT-2, OPT …); saved with the adapter
                   "{% elif m['role'] == 'user' %}### 问题：\n{{ m['content'] }}\n\n### 回答：\n"
                   "{% else %}{{ m['content'] }}{{ eos_token }}\n\n{% endif %}{% endfor %}")
-# Column names that people use for the same thing. The canonical name wins where several are there.
-COLUMNS = {
+COLUMNS = {  # names that people use for the same thing; the canonical one wins where several are there
     "instruction": ("instruction", "question", "query", "prompt", "text", "问题", "問題", "提问", "指令", "题目"),
     "input": ("input", "context", "输入", "背景", "补充信息"),
     "output": ("output", "answer", "response", "completion", "target", "回答", "答案", "输出", "回复"),
@@ -401,11 +399,13 @@ def pick_device(name: str = "auto", dtype: str = "auto") -> tuple:
     import torch
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(d for d, found in there.items() if found) if name == "auto" else name
-    if not there.get(device.partition(":")[0]):
-        fail(2, f"这台机器没有 {device} 设备，可用的是 {'、'.join(d for d, found in there.items() if found)}")
-    if device.startswith("cuda"):
+    kind, card = device.partition(":")[0], os.environ.get("LOCAL_RANK") or device.partition(":")[2] or "0"
+    if not there.get(kind) or kind == "cuda" and card not in map(str, range(torch.cuda.device_count())):
+        fail(2, f"这台机器没有 {kind}:{card} 设备，可用的是 {'、'.join(d for d, found in there.items() if found)}")
+    if kind == "cuda":
+        torch.cuda.set_device(int(card))
         best = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-        return device if ":" in device else f"cuda:{os.environ.get('LOCAL_RANK', '0')}", getattr(torch, best if dtype == "auto" else dtype)
+        return f"cuda:{card}", getattr(torch, best if dtype == "auto" else dtype)
     if dtype not in ("auto", "float32"):
         say(f"{device.upper()} 上改用 float32：{dtype} 在这里更慢或会溢出")
     return device, torch.float32
@@ -479,7 +479,7 @@ def run_script(main) -> None:
     """Call `main`; Ctrl-C, a closed pipe, a full disk or memory end in a sentence and an exit code, not in a traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 gets escapes, not a crash
     warnings.simplefilter("ignore")  # the libraries' talk among themselves
-    os.environ |= {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}  # the libraries' bars would fill a log with carriage returns
+    os.environ |= {} if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0" else {"TQDM_DISABLE": "1"}  # bars would fill a log with carriage returns
     try:
         main()
         sys.stdout.flush()

@@ -282,17 +282,17 @@ def main() -> None:
     args.system = run_record(adapter).get("args", {}).get("system") if args.system is None else args.system
     if args.interactive:
         return chat(model, tokenizer, args)
-    out = open(args.output, "w", encoding="utf-8") if args.output else sys.stdout  # noqa: SIM115 - what cannot be written shows now, not after the answers
+    out = open(args.output, "a", encoding="utf-8") if args.output else sys.stdout  # noqa: SIM115 - what cannot be written shows now, not after the answers
     from tqdm import tqdm
     with tqdm(total=len(questions), desc="回答", disable=len(questions) == 1 or not sys.stderr.isatty()) as bar:
         for first in range(0, len(questions), args.answer_batch_size):  # Ctrl-C loses one batch, not all that was answered
             asked = questions[first:first + args.answer_batch_size]
             answers = generate(model, tokenizer, [conversation(q, args.system) for q in asked], **generation_options(args), progress=lambda n: bar.update(first + n - bar.n))  # noqa: B023
+            first == 0 and args.output and out.seekable() and out.truncate(0)  # the old answers stay until there are new ones; /dev/stdout cannot be cut
             for question, answer in zip((q[-1]["content"] for q in asked), answers):
                 text = clean_repeats(answer["text"]) if args.clean_repeats else answer["text"]
-                line = json.dumps({"question": question, "answer": text, "stopped": answer["stopped"]}, ensure_ascii=False)
-                spoken = f"问：{visible(question)}\n答：{visible(text)}\n" if args.prompt_file else visible(text)
-                print(line if (args.output or "").endswith(".jsonl") else spoken, file=out, flush=True)
+                line = f"问：{visible(question)}\n答：{visible(text)}\n" if args.prompt_file else visible(text)
+                print(json.dumps({"question": question, "answer": text, "stopped": answer["stopped"]}, ensure_ascii=False) if (args.output or "").endswith(".jsonl") else line, file=out, flush=True)
     if args.output:
         say(f"{len(questions)} 个回答写到 {args.output}")
 

@@ -186,11 +186,12 @@ def can_pack(model, rows: list) -> bool:
 def sum_over_processes(*tensors) -> list[float]:
     """Sum each of `tensors`, in place, over the processes that torchrun has started, if it has; returns the numbers of the first one."""
     import torch
-    with contextlib.suppress(RuntimeError):  # another process has ended
-        for tensor in tensors if torch.distributed.is_initialized() else ():
+    try:
+        for tensor in tensors if torch.distributed.is_available() and torch.distributed.is_initialized() else ():
             torch.distributed.all_reduce(tensor)
-        return tensors[0].tolist()
-    fail(6, "别的训练进程断了，这个也停下。已有的 checkpoint 完好：去掉原因，同样的命令加 --resume_from_checkpoint auto 接着训练")
+    except RuntimeError as error:
+        fail(6, f"和别的训练进程断了联系（{str(error).splitlines()[0][:150]}）。已有的 checkpoint 完好：同样的命令加 --resume_from_checkpoint auto 接着训练")
+    return tensors[0].tolist()
 
 # ---- Checkpoints ----
 
@@ -334,7 +335,7 @@ def main() -> None:
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
     if world > 1:
-        torch.distributed.init_process_group()
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")  # numbers are summed on the CPU
     device, dtype = pick_device(args.device, args.dtype)
     on_cuda = device.startswith("cuda")
     optim = args.optim if args.optim != "auto" else "paged_adamw_8bit" if on_cuda and args.quantization != "none" else "adamw_torch"
@@ -373,13 +374,13 @@ def main() -> None:
     # ---- 3. The run's record, and a checkpoint to go on from ----
     run = {"args": vars(args), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "device": device, "processes": world, "dtype": str(dtype).removeprefix("torch."),
            "versions": {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in (torch, transformers, peft)}},
-           "threads": state["threads"] if resume else torch.get_num_threads(), "data_sha256": sha256(json.dumps([train_data, val_data])), "base_fingerprint": fingerprint(model_path),
-           "template_sha256": sha256(tokenizer.chat_template), "template_date": TEMPLATE_DATE.isoformat(), "end_tokens": end_token_ids(model, tokenizer),
+           "threads": state["threads"] if resume and state.get("processes", 1) == world else torch.get_num_threads(), "data_sha256": sha256(json.dumps([train_data, val_data])),
+           "base_fingerprint": fingerprint(model_path), "template_sha256": sha256(tokenizer.chat_template), "template_date": TEMPLATE_DATE.isoformat(), "end_tokens": end_token_ids(model, tokenizer),
            "row_sha256": [sha256("".join(unicodedata.normalize("NFKC", row["messages"][-2]["content"]).split()))[:16] for row in rows if "messages" in row]}
     history, losses, best, best_step, bad_evals, start_step = [], [], math.inf, 0, 0, state["step"] if resume else 0
-    here = int(sha256(f"{start_step} {total_steps} {run['data_sha256']} {run['base_fingerprint']}")[:8], 16)
+    here = int(sha256(f"{start_step} {total_steps} {rows_per_step} {args.seed} {args.eval_every} {args.early_stopping_patience} {run['data_sha256']} {run['base_fingerprint']}")[:8], 16)
     if sum_over_processes(torch.tensor([here]))[0] != world * here:
-        fail(4, "各个训练进程看到的数据、模型或 checkpoint 不同。几台机器要有同样的文件，checkpoint 放在共用的目录里")
+        fail(4, "各个训练进程看到的数据、模型、参数或 checkpoint 不同。几台机器要有同样的文件，checkpoint 放在共用的目录里")
     if resume:
         for key, name in (("data_sha256", "训练数据"), ("base_fingerprint", "基础模型的权重"), ("template_sha256", "对话模板")):
             if state[key] != run[key]:
@@ -415,8 +416,8 @@ def main() -> None:
             board.add_scalar(name, value, step)
         with contextlib.suppress(OSError), tqdm.external_write_mode():  # Ctrl-C has ended `| tee` too, and the step must still be saved
             say(words)
-    say(f"设备 {device}{f' 等，{world} 个进程分担每一步的行' if world > 1 else ''}（{'--device 指定' if args.device != 'auto' else '没有找到显卡' if device == 'cpu' else '自动找到'}），基础权重 {run['dtype']}{'' if args.quantization == 'none' else '，量化 ' + args.quantization}，LoRA float32，优化器 {optim}，"
-        f"{'按行打包，不填充' if packed else '填充' if not args.fast else '填充（这种模型不能打包）'}\n"
+    say(f"设备 {device}{f' 等，{world} 个进程分担每一步的行' if world > 1 else ''}（{'--device 指定' if args.device != 'auto' else '没有找到显卡' if device == 'cpu' else '自动找到'}），"
+        f"基础权重 {run['dtype']}{'' if args.quantization == 'none' else '，量化 ' + args.quantization}，LoRA float32，优化器 {optim}，{'按行打包，不填充' if packed else '填充' if not args.fast else '填充（这种模型不能打包）'}\n"
         f"可训练参数 {trainable:,} / {total:,}（{100 * trainable / total:.2f}%），加在 {'、'.join(sorted({name.rpartition('.')[2] for name in model.targeted_module_names}))}\n"
         f"每步 {rows_per_step} 行，每轮 {steps_per_epoch} 步，共 {total_steps} 步；输出到 {folder}")
 
@@ -424,15 +425,14 @@ def main() -> None:
     signals, warmup = [], math.ceil(total_steps * args.warmup_ratio)
     def on_signal(number: int, frame) -> None:
         signals.append(number)
-        if len(signals) > 1:
+        if len(signals) > 1 and world == 1:  # torchrun passes one on, whoever else sends it too, and kills in the end
             os._exit(128 + number)
         with contextlib.suppress(OSError):  # print() may not be called while the interrupted code is printing
-            os.write(2, b"" if rank else "\n收到停止信号：做完这一步就保存并退出（再按一次立即退出）\n".encode())
+            os.write(2, b"" if rank else f"\n收到停止信号：做完这一步就保存并退出{'（再按一次立即退出）' * (world == 1)}\n".encode())
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    bar, tokens, all_tokens, skipped = tqdm(total=total_steps, initial=start_step, disable=rank > 0 or None), 0, 0, 0
+    bar, began, tokens, seconds, all_tokens, skipped = tqdm(total=total_steps, initial=start_step), time.perf_counter(), 0, 0.0, 0, 0
     model.train()
-    began, seconds = time.perf_counter(), 0.0
 
     for step in range(start_step, total_steps + 1):
         fresh = step > start_step or not resume  # what a checkpoint already holds is not done again
@@ -480,7 +480,7 @@ def main() -> None:
         since = time.perf_counter()
         torch.manual_seed(args.seed * 1_000_003 + step + (rank << 22))  # a CPU takes the lower 32 bits
         for p in parameters:
-            p.grad = torch.zeros_like(p)  # a process may get none of a short last step's rows
+            p.grad = scaler.scale(torch.zeros_like(p))  # a process may get none of a short step's rows
         for batch in micro_batches(sorted(batch_rows, key=lambda row: -len(row[0]))[rank::world], budget, packed):
             with amp:
                 # sums, divided by the label tokens of the whole step: any split of the rows gives the same gradient

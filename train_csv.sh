@@ -71,13 +71,16 @@ esac
 result="$(mktemp)"
 trap 'rm -f "$result"' EXIT
 run=("$python")
-if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then cards="$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | sed '/^$/d' | wc -l)"; else cards="$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)"; fi
+cards=1
+[ "$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ')" -gt 1 ] && cards="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
 case " $* " in *" --device"[\ =]* | *" --dry"[_-]run* | *" --help "* | *" -h "*) cards=1 ;; esac
 if [ "$cards" -gt 1 ]; then
     # torchrun has one exit code for all, and says a refusal once a process: see first whether there is one
     "$python" train.py ${extra[@]+"${extra[@]}"} "$@" --dry_run >/dev/null 2>"$result" || { code=$?; cat "$result" >&2; exit $code; }
-    say "$((cards)) 张显卡一起训练，每张一个进程（只用一张：--device cuda:0）"
-    run+=(-m torch.distributed.run --standalone --nproc_per_node "$((cards))")
+    say "$cards 张显卡一起训练，每张一个进程（只用一张：--device cuda:0）"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"                                # torchrun sets it too, with a warning
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"  # seconds to finish a step and save after Ctrl-C
+    run+=(-m torch.distributed.run --standalone --nproc_per_node "$cards")
 fi
 "${run[@]}" train.py ${extra[@]+"${extra[@]}"} "$@" >"$result" || exit $?
 adapter="$(tail -n 1 "$result")"
