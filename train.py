@@ -306,9 +306,9 @@ def main() -> None:
     if cut:
         say(f"有 {len(cut)} 行超过 max_length {args.max_length}，其中 {sum(lost for _, lost in cut.values())} 行的回答被截断（这些行不学结束符）："
             f"{'、'.join([*cut][:5])}{' 等' if len(cut) > 5 else ''}。要全部放下用 --max_length {max(cut.values())[0]}")
-    longest_row, most_cut = max(train_data, key=lambda row: len(row[0])), max(train_data, key=lambda row: cut.get(row[2], (0,))[0])
-    for title, row in [("打乱后的第一行", train_data[0]), ("最长的一行", longest_row), ("截得最多的一行", most_cut)][:3 if args.dry_run else 1]:
-        say(f"{title}，{row[2]}（{'绿色' if sys.stderr.isatty() else '【】里'}是要学的）：\n{preview(tokenizer, *row[:2])}")
+    sizes = [("打乱后的第一行", lambda row: 0), ("最长的一行", lambda row: len(row[0])), ("截得最多的一行", lambda row: cut.get(row[2], (0,))[0])]
+    for title, (ids, labels, where) in ((title, max(train_data, key=size)) for title, size in sizes[:3 if args.dry_run else 1]):
+        say(f"{title}，{where}（{'绿色' if sys.stderr.isatty() else '【】里'}是要学的）：\n{preview(tokenizer, ids, labels)}")
     if args.dry_run:
         return say(importlib.import_module("prune_model").estimate(args, lengths, rows_per_step, total_steps))
 

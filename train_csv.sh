@@ -72,8 +72,14 @@ result="$(mktemp)"
 trap 'rm -f "$result"' EXIT
 run=("$python")
 cards=1
-[ "$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ')" -gt 1 ] && cards="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
-case " $* " in *" --device"[\ =]* | *" --dry"[_-]run* | *" --help "* | *" -h "*) cards=1 ;; esac
+case " $* " in
+*" --device"[\ =]* | *" --dry"[_-]run* | *" --help "* | *" -h "*) ;;
+*)
+    if [ "$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ')" -gt 1 ]; then
+        cards="$("$python" -c 'import torch; print(torch.cuda.device_count())')"
+    fi
+    ;;
+esac
 if [ "$cards" -gt 1 ]; then
     # torchrun has one exit code for all, and says a refusal once a process: see first whether there is one
     "$python" train.py ${extra[@]+"${extra[@]}"} "$@" --dry_run >/dev/null 2>"$result" || { code=$?; cat "$result" >&2; exit $code; }

@@ -41,13 +41,20 @@ def join(rank, world, port, seen=None, threads=1):
     train.loss_sum = written_down if seen else loss_sum
 
 
-def start_shared(folder, world, *arguments, seen=False, threads=1):
-    """`world` children that share one run; their words go to FOLDER.RANK.log."""
+def start_shared(folder, world, *arguments, seen=False, threads=1, of_the_last=()):
+    """`world` children that share one run; their words go to FOLDER.RANK.log. The last one is typed the arguments `of_the_last` too."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return [start(f"{folder}.{rank}.log", *arguments, "--output_dir", folder, fault=functools.partial(join, rank, world, port, f"{folder}.{rank}.seen" if seen else None, threads))
+    return [start(f"{folder}.{rank}.log", *arguments, "--output_dir", folder, *(of_the_last if rank == world - 1 else ()), fault=functools.partial(join, rank, world, port, f"{folder}.{rank}.seen" if seen else None, threads))
             for rank in range(world)]
+
+
+def wait_for_checkpoint(folder, is_alive):
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoint-[1-9]*")) and is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert is_alive()
 
 
 def words(folder, rank):
@@ -96,7 +103,7 @@ def test_processes_that_share_the_rows_learn_what_one_learns(shared, alone, tmp_
     assert max(map(len, shares)) - min(map(len, shares)) <= 6
 
 
-def test_dropout_masks_differ_from_process_to_process(shared, alone, tmp_path):
+def test_dropout_masks_differ_from_process_to_process(shared, tmp_path):
     """Twice the same row, one for each process: with one mask for both the gradient would be that of the row alone."""
     data = write_csv(tmp_path / "two.csv", [(QUESTIONS[0], "一般不超过六个月。")] * 2)
     run = [*shared, "--dataset_name", data, "--val_ratio", 0, "--lora_dropout", 0.5, "--batch_size", 2, "--gradient_accumulation_steps", 1, "--max_steps", 3]
@@ -109,9 +116,7 @@ def test_dropout_masks_differ_from_process_to_process(shared, alone, tmp_path):
 def test_one_process_told_to_stop_stops_all_after_a_save(shared, tmp_path):
     folder = tmp_path / "run"
     children = start_shared(folder, 2, *shared, "--num_epochs", 500, threads=2)
-    deadline = time.monotonic() + 60
-    while not list(folder.glob("checkpoint-[1-9]*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for_checkpoint(folder, children[0].is_alive)
     os.kill(children[1].pid, signal.SIGTERM)
     with trial("几个进程中的一个收到 SIGTERM：全部存好再停", 143):
         assert [finish(child) for child in children] == [143, 143]
@@ -122,14 +127,10 @@ def test_one_process_told_to_stop_stops_all_after_a_save(shared, tmp_path):
 
 def test_processes_that_see_other_data_refuse_to_start(shared, tmp_path):
     other = write_csv(tmp_path / "other.csv", [("问", "答"), ("再问", "再答"), ("三问", "三答")])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = [start(tmp_path / f"{rank}.log", *shared, "--output_dir", tmp_path / "run", *(["--dataset_name", other] * (rank == 1)),
-                      fault=functools.partial(join, rank, 2, port)) for rank in range(2)]
+    children = start_shared(tmp_path / "run", 2, *shared, of_the_last=["--dataset_name", other])
     with trial("几个进程看到的数据不同：不开始", 4):
         assert [finish(child) for child in children] == [4, 4]
-        assert "各个训练进程看到的数据" in (tmp_path / "0.log").read_text(encoding="utf-8")
+        assert "各个训练进程看到的数据" in words(tmp_path / "run", 0)
 
 
 def test_numbers_are_summed_on_the_cpu_and_gradients_on_the_card():
@@ -164,17 +165,10 @@ def start_torchrun(log, *arguments):
         return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
 
 
-def wait_for_checkpoint(folder, process):
-    deadline = time.monotonic() + 120
-    while not list(folder.glob("checkpoint-[1-9]*")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert process.poll() is None
-
-
 def test_torchrun_told_to_stop_lets_its_processes_save(shared, tmp_path):
     folder = tmp_path / "run"
     torchrun = start_torchrun(tmp_path / "log", *shared, "--save_every", 50, "--val_ratio", 0, "--num_epochs", 20000, "--output_dir", folder)
-    wait_for_checkpoint(folder, torchrun)
+    wait_for_checkpoint(folder, lambda: torchrun.poll() is None)
     for worker in Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split():
         os.kill(int(worker), signal.SIGTERM)  # as one who signals every process of a job
     torchrun.terminate()
@@ -187,7 +181,7 @@ def test_torchrun_told_to_stop_lets_its_processes_save(shared, tmp_path):
 def test_a_process_of_torchrun_that_dies_ends_the_others_and_loses_nothing(shared, tmp_path):
     folder = tmp_path / "run"
     torchrun = start_torchrun(tmp_path / "log", *shared, "--save_every", 2, "--num_epochs", 2000, "--output_dir", folder)
-    wait_for_checkpoint(folder, torchrun)
+    wait_for_checkpoint(folder, lambda: torchrun.poll() is None)
     workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
     assert len(workers) == 2, (tmp_path / "log").read_text(encoding="utf-8")[-2000:]
     with trial("torchrun 的一个进程被 kill -9：其余 30 秒内停下，换进程数接着训练", 1):
