@@ -37,8 +37,7 @@ def ask(model, prompts: list[list[int]], ends: list[int]) -> tuple[list[list[int
     import torch
     greedy = {"max_new_tokens": STEPS, "do_sample": False, "temperature": None, "top_p": None, "top_k": None, "repetition_penalty": 1.0,
               "eos_token_id": ends, "pad_token_id": ends[0], "output_logits": True, "return_dict_in_generate": True}
-    inputs = [torch.tensor([ids], device=model.device) for ids in prompts]
-    outputs = [model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **greedy) for ids in inputs]
+    outputs = [model.generate(input_ids=(x := torch.tensor([ids], device=model.device)), attention_mask=torch.ones_like(x), **greedy) for ids in prompts]
     return [x.sequences[0, len(ids):].tolist() for x, ids in zip(outputs, prompts)], torch.cat([x.logits[0].float().cpu() for x in outputs])
 
 def ask_llama_cpp(path: Path, conversations: list[list[dict]]) -> list[tuple[int, list[int]]]:
@@ -159,7 +158,7 @@ def adapter_parts(adapter: str, config) -> tuple[dict, list[tuple]]:
     for key, x in load_file(Path(adapter, "adapter_model.safetensors")).items():
         module, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
         rank = {"lora_A": x.shape[0], "lora_B": x.shape[-1]}.get(half)
-        if rank != lora.get("r") or lora.get("alpha_pattern") or module == "lm_head" and config.tie_word_embeddings:
+        if rank is None or rank != lora["r"] or lora.get("alpha_pattern") or module == "lm_head" and config.tie_word_embeddings:
             fail(4, f"llama.cpp 的 LoRA 文件装不下 {adapter} 里的 {key}（{lora['peft_type']}）。先合并再转换：去掉 --adapter_gguf")
         name, reorder = gguf_weight(config, f"{module}.weight")
         x = reorder(x.float().numpy()) if half == "lora_B" else x.float().numpy()
@@ -250,6 +249,8 @@ def main() -> None:
     config = (model := model.dequantize() if getattr(model, "is_quantized", False) else model).config
     header = gguf_header(config, tokenizer) if kinds or args.adapter_gguf else {}
     model = load_adapter(model, tokenizer, adapter, force=args.force) if adapter else model
+    if adapter and not hasattr(model.base_model, "merge_adapter"):
+        fail(4, f"{adapter} 学的是虚拟 token（{trained.get('peft_method', 'PEFT')}），合并不进权重，也写不成 GGUF。直接用：python inference.py --lora_weights {adapter} --interactive")
     parts = adapter_parts(adapter, config) if args.adapter_gguf else ()
     tokenizer.chat_template, ends = serving_template(tokenizer.chat_template), end_token_ids(model, tokenizer)
     prompts = [encode(tokenizer, conversation(question, system))[0] for question in PROMPTS]
@@ -266,8 +267,7 @@ def main() -> None:
     staging.mkdir(parents=True)
     try:
         if args.adapter_gguf:
-            error = write_gguf(staging / "adapter.gguf", config, *parts)
-            check("adapter.gguf", error == 0, f"读回的误差 {error:g}（要求 0）")
+            check("adapter.gguf", (error := write_gguf(staging / "adapter.gguf", config, *parts)) == 0, f"读回的误差 {error:g}（要求 0）")
         else:
             save_merged(model.merge_and_unload() if adapter else model, tokenizer, getattr(torch, dtype), staging)
             del model

@@ -75,9 +75,7 @@ def find_adapter(path: str | None) -> str:
     """The adapter in `path` or its final_model/; None is the newest output/*/final_model, said aloud."""
     if path is None:
         found = [p.parent for p in Path("output").glob("*/final_model/adapter_config.json")]
-        if not found:
-            fail(4, "output/ 里还没有训练好的模型。先训练：./train_csv.sh；只问原模型：python inference.py --use_original_model")
-        path = max(found, key=lambda p: p.stat().st_mtime)
+        path = max(found, key=lambda p: p.stat().st_mtime, default=None) or fail(4, "output/ 里还没有训练好的模型。先训练：./train_csv.sh；只问原模型：python inference.py --use_original_model")
         say(f"使用最新的 LoRA：{path}")
     for candidate in (Path(path), Path(path, "final_model")):
         if (candidate / "adapter_config.json").is_file():
@@ -112,7 +110,7 @@ def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: b
         fail(4, f"LoRA {adapter} 装不到 {base} 上：{str(error).splitlines()[0][:200]}")
     if bad := next((key for key, value in weights.items() if not torch.isfinite(value).all()), None):
         problems.append(f"权重 {bad} 里有 NaN 或无穷大")
-    if not any(value.any() for key, value in weights.items() if "lora_B" in key or "lora_embedding_A" in key):
+    if not any(value.any() for key, value in weights.items() if not re.search("lora_(A|embedding_B|magnitude)", key)):
         problems.append("权重全是零，等于没有训练过")
     if different := set(weights) ^ set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=any(".base_layer." in key for key in weights))):
         problems.append(f"权重名和模型对不上，例如 {min(different)}")
@@ -122,7 +120,7 @@ def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: b
     run, config = run_record(adapter), model.peft_config[name]
     if run:
         pairs = (("基础模型的权重", run["base_fingerprint"], fingerprint(base)), ("对话模板", run["template_sha256"], sha256(tokenizer.chat_template)),
-                 ("lora_r", run["args"]["lora_r"], config.r), ("lora_alpha", run["args"]["lora_alpha"], config.lora_alpha))
+                 *((f"lora_{name}", run["args"][f"lora_{name}"], getattr(config, full)) for name, full in (("r", "r"), ("alpha", "lora_alpha")) if hasattr(config, full)))
         problems += [f"{what}和训练时不同（{str(then)[:12]} → {str(now)[:12]}）" for what, then, now in pairs if then != now]
     if problems and not force:
         fail(4, f"LoRA {adapter}：{'；'.join(problems)}。\n换成训练它的那个基础模型（--base_model），确定要用就加 --force")
@@ -131,10 +129,10 @@ def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: b
     return model.eval()
 
 def can_fold(model) -> bool:
-    """Whether a LoRA may be added into the weights: not into quantized ones, nor into one that is the embedding and the output head at once."""
+    """Whether an adapter may be added into the weights: no virtual tokens, nor into quantized weights or one that is embedding and output head at once."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     tied = getattr(ends[0], "base_layer", ends[0]).weight is getattr(ends[1], "base_layer", ends[1]).weight
-    return not getattr(model, "is_quantized", False) and not (tied and any(hasattr(end, "base_layer") for end in ends))
+    return hasattr(model.base_model, "merge_adapter") and not getattr(model, "is_quantized", False) and not (tied and any(hasattr(end, "base_layer") for end in ends))
 
 def load_model(base_model: str | None = None, lora_weights: str | None = None, device: str = "auto", merge: bool = False, force: bool = False,
                quantization: str = "none", trust_remote_code: bool = False):
@@ -179,20 +177,21 @@ def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: 
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     ends, window = end_token_ids(model, tokenizer), getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else dict.fromkeys(("temperature", "top_p", "top_k"))
-    size = answer_batch_size if temperature == 0 and repetition_penalty == 1 and max(map(len, prompts), default=0) + max_new_tokens <= window else 1
+    virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)  # PEFT puts them in front of the padding
+    size = answer_batch_size if not virtual and temperature == 0 and repetition_penalty == 1 and max(map(len, prompts), default=0) + max_new_tokens <= window else 1
     answers: list[dict] = [{} for _ in prompts]
     for start in range(0, len(order), size):
         rows = order[start:start + size]
         width = len(prompts[rows[0]])
-        if width >= window:
-            fail(2, f"问题有 {width} token，超过了模型的上限 {window}。缩短问题再试")
+        if width + virtual >= window:
+            fail(2, f"问题有 {width} token，超过了模型的上限 {window - virtual}。缩短问题再试")
         padding = [width - len(prompts[i]) for i in rows]
         input_ids = torch.tensor([[tokenizer.pad_token_id] * n + prompts[i] for n, i in zip(padding, rows)], device=model.device)
         attention_mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=model.device)
         torch.manual_seed(seed)
         began = time.perf_counter()
         with torch.inference_mode():
-            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=min(max_new_tokens, window - width), eos_token_id=ends, num_beams=1, do_sample=temperature > 0,
+            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=min(max_new_tokens, window - width - virtual), eos_token_id=ends, num_beams=1, do_sample=temperature > 0,
                                     past_key_values=roomy_cache(model), use_cache=True, pad_token_id=tokenizer.pad_token_id, repetition_penalty=repetition_penalty, streamer=streamer, **drawn)
         seconds = (time.perf_counter() - began) / len(rows)
         for i, ids in zip(rows, output[:, width:].tolist()):
@@ -274,8 +273,9 @@ def main() -> None:
     add("--merge", action=argparse.BooleanOptionalAction, default=True, help="把 LoRA 合并进权重，生成更快（量化时不合并）")
     add("--clean_repeats", action="store_true", help="去掉回答末尾的重复")
     args = parse_args(parser)
-    if not (args.prompt or args.prompt_file or args.interactive) or len(args.lora_weights or []) > 1:
-        fail(2, '加 --interactive 聊天，或 --prompt "问题"，或 --prompt_file FILE；--lora_weights 一次一个，几个一起用 compare_models.py')
+    lost = args.output and args.prompt_file and Path(args.output).resolve() == Path(args.prompt_file).resolve()
+    if lost or not (args.prompt or args.prompt_file or args.interactive) or len(args.lora_weights or []) > 1:
+        fail(2, f"--output {args.output} 就是问题文件，会盖掉它。换一个名字" if lost else '加 --interactive 聊天，或 --prompt "问题"，或 --prompt_file FILE；--lora_weights 一次一个，几个一起用 compare_models.py')
     questions = read_questions(args.prompt_file) if args.prompt_file else [conversation(args.prompt)] if args.prompt else []
     adapter = None if args.use_original_model else find_adapter(args.lora_weights and args.lora_weights[0])
     model, tokenizer = load_model(args.base_model, adapter, args.device, args.merge, args.force, args.quantization, args.trust_remote_code)

@@ -62,11 +62,13 @@ def arguments(saved: dict | None = None) -> argparse.Namespace:
     add("--max_grad_norm", type=number(float, 0), default=1.0, help="梯度裁剪（0 = 不裁）")
     add("--neftune_alpha", type=number(float, 0), default=0.0, help="NEFTune 嵌入噪声（0 = 不用，常用 5）")
     add("--seed", type=number(int, 0, 2**31), default=42, help="随机种子")
-    add("--peft_method", choices=("lora", "rslora", "dora"), default="lora", help="微调方法：lora、rslora（大的秩）、dora（更慢）")
+    add("--peft_method", choices=("lora", "rslora", "dora", "ia3", "ptuning", "prefix", "prompt"), default="lora", help="微调方法；各是什么，看 README")
     add("--lora_r", "--lora_rank", type=number(int, 1), default=32, help="LoRA 秩")
     add("--lora_alpha", type=number(float, 0, above=True), default=64, help="LoRA 缩放，通常是秩的 2 倍")
     add("--lora_dropout", type=number(float, 0, 0.99), default=0.1, help="LoRA dropout（0 = 不用，CPU 上更快）")
     add("--target_modules", nargs="+", help="加 LoRA 的层名或一个正则；默认全部注意力和 FFN 投影")
+    add("--num_virtual_tokens", type=number(int, 1), default=20, help="ptuning、prefix、prompt 学几个虚拟 token")
+    add("--prompt_encoder_hidden", type=number(int, 1), default=512, help="ptuning、prefix 的编码器多宽")
     add("--optim", choices=("auto", "adamw_torch", "paged_adamw_8bit"), default="auto", help="优化器；auto 按设备选")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False, help="用时间换内存")
     add("--fast", action=argparse.BooleanOptionalAction, default=True, help="快的算法（--no_fast = 朴素的，逐行算）")
@@ -158,7 +160,7 @@ def loss_sum(model, rows: list, packed: bool, neftune_alpha: float = 0.0, teach=
         size = torch.tensor([neftune_alpha / math.sqrt(n * embeddings.shape[-1]) for n in lengths for _ in range(n)], device=model.device)
         inputs = {"inputs_embeds": embeddings + torch.empty_like(embeddings).uniform_(-1, 1) * size[:, None]}
     if not packed:
-        logits = model(**inputs, use_cache=False).logits[0, keep]
+        logits = model(**inputs, use_cache=False).logits[0, -len(targets):][keep]  # virtual tokens stand before them
         return torch.nn.functional.cross_entropy(logits.float(), targets[keep], reduction="sum"), logits.new_zeros(())
     extra = {"position_ids": torch.tensor([[k for n in lengths for k in range(n)]], device=model.device), "row_lengths": lengths, "use_cache": False}
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -331,7 +333,6 @@ def main() -> None:
         sys.modules.setdefault("bitsandbytes", None)  # PEFT imports it wherever it is installed: 1.4 s for nothing
     import peft
     import torch
-    import transformers
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
     if world > 1:
@@ -343,24 +344,25 @@ def main() -> None:
         fail(2, f"--optim paged_adamw_8bit 只能在 CUDA 上用，这里是 {device}。改用 --optim adamw_torch")
     torch.manual_seed(args.seed)
     model = load_base(model_path, device, dtype, args.quantization, args.trust_remote_code)
-    if (longest := max(len(ids) for ids, _, _ in train_data + val_data)) > (window := getattr(model.config, "max_position_embeddings", None) or longest):
-        fail(2, f"最长的一行有 {longest} token，这个模型最多 {window}：用 --max_length {window}")
+    virtual = args.num_virtual_tokens if args.peft_method in ("ptuning", "prefix", "prompt") else 0  # trained, in front of the row
+    if (longest := max(len(ids) for ids, _, _ in train_data + val_data) + virtual) > (window := getattr(model.config, "max_position_embeddings", None) or longest):
+        fail(2, f"最长的一行有 {longest} token，这个模型最多 {window}：用 --max_length {window - virtual}")
     if max(max(ids) for ids, _, _ in train_data + val_data) >= model.get_input_embeddings().num_embeddings:
         fail(4, f"tokenizer 的编号超出了模型的词表（{model.get_input_embeddings().num_embeddings}）：两者不是一套，请重新下载模型")
-    targets = args.target_modules or "all-linear"  # attention and FFN projections, not the output head
-    targets = targets[0] if len(targets) == 1 and set(targets[0]) & set(".*|\\^$(-") else targets  # one regex, or all-linear
-    try:  # the LoRA weights are fp32 whatever the base is
-        model = peft.get_peft_model(model, peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=targets,
-                                                           use_rslora=args.peft_method == "rslora", use_dora=args.peft_method == "dora", task_type="CAUSAL_LM"))
-    except (ValueError, importlib.import_module("re").error) as error:
-        fail(2, f"--target_modules 在这个模型里找不到：{str(error).splitlines()[0][:160]}")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    teach, kd_ratio, packed = None, args.kd_ratio if args.teacher_model else 0.0, args.fast and can_pack(model, train_data + val_data)
+    kind = {"ia3": peft.IA3Config, "ptuning": peft.PromptEncoderConfig, "prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}.get(args.peft_method, peft.LoraConfig)
+    options = {**vars(args), "r": args.lora_r, "use_rslora": args.peft_method == "rslora", "use_dora": args.peft_method == "dora", "encoder_hidden_size": args.prompt_encoder_hidden,
+               "prefix_projection": True, "feedforward_modules": [], "target_modules": targets[0] if len(targets := args.target_modules or ["all-linear"]) == 1 and set(targets[0]) & set(".*|\\^$(-") else targets}
+    try:  # what is trained is fp32 whatever the base is; each method takes the options that it has
+        model = peft.get_peft_model(model, kind(task_type="CAUSAL_LM", **{name: value for name, value in options.items() if hasattr(kind, name)}))
+    except (ValueError, importlib.import_module("re").error) as error:
+        fail(2, f"--peft_method {args.peft_method} 或 --target_modules 用不到这个模型上：{str(error).splitlines()[0][:160]}")
+    teach, kd_ratio, packed = None, args.kd_ratio if args.teacher_model else 0.0, args.fast and not virtual and can_pack(model, train_data + val_data)
     if args.teacher_model:
         teacher, teach = importlib.import_module("prune_model").load_teacher(args.teacher_model, tokenizer, model, args.quantization, args.trust_remote_code, args.kd_loss, args.kd_temperature, args.kd_top_k)
         if not packed or not can_pack(teacher, train_data):
-            fail(2, "蒸馏要用快的算法（去掉 --no_fast），老师和学生都要是能打包的模型（Llama、Qwen、Mistral 等）")
+            fail(2, "蒸馏要用快的算法（去掉 --no_fast），不能和 ptuning、prefix、prompt 一起用，老师和学生都要是能打包的模型（Llama、Qwen、Mistral 等）")
     for module in model.modules() if packed and device == "cpu" else ():
         if forward := {torch.nn.Dropout: fast_dropout, peft.tuners.lora.Linear: fast_lora if args.peft_method != "dora" else None}.get(type(module)):
             module.forward = forward.__get__(module)
@@ -373,7 +375,7 @@ def main() -> None:
 
     # ---- 3. The run's record, and a checkpoint to go on from ----
     run = {"args": vars(args), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "device": device, "processes": world, "dtype": str(dtype).removeprefix("torch."),
-           "versions": {"python": sys.version.split()[0], **{m.__name__: m.__version__ for m in (torch, transformers, peft)}},
+           "versions": {"python": sys.version.split()[0], **{name: sys.modules[name].__version__ for name in ("torch", "transformers", "peft")}},
            "threads": state["threads"] if resume and state.get("processes", 1) == world else torch.get_num_threads(), "data_sha256": sha256(json.dumps([train_data, val_data])),
            "base_fingerprint": fingerprint(model_path), "template_sha256": sha256(tokenizer.chat_template), "template_date": TEMPLATE_DATE.isoformat(), "end_tokens": end_token_ids(model, tokenizer),
            "row_sha256": [sha256("".join(unicodedata.normalize("NFKC", row["messages"][-2]["content"]).split()))[:16] for row in rows if "messages" in row]}
@@ -390,8 +392,8 @@ def main() -> None:
         if different := [f"{what} {then} → {now}" for what, then, now in pairs if then != now]:
             say(f"注意：{'，'.join(different)}，结果不再与不中断时逐位一致")
         best, best_step, bad_evals, losses = state["best"] or math.inf, state["best_step"], state["bad_evals"], state["losses"]
-        peft.set_peft_model_state_dict(model, load_file(resume / "adapter_model.safetensors"))
         entries = {**load_file(resume / "optimizer.safetensors"), **state["optimizer"]}
+        model.load_state_dict(entries, strict=False) if virtual else peft.set_peft_model_state_dict(model, load_file(resume / "adapter_model.safetensors"))
         moments = {i: {key.partition(".")[2]: v for key, v in entries.items() if key.startswith(f"{i}.")} for i in range(len(parameters))}
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # another device may need no scaler, or a new one
@@ -417,8 +419,8 @@ def main() -> None:
         with contextlib.suppress(OSError), tqdm.external_write_mode():  # Ctrl-C has ended `| tee` too, and the step must still be saved
             say(words)
     say(f"设备 {device}{f' 等，{world} 个进程分担每一步的行' if world > 1 else ''}（{'--device 指定' if args.device != 'auto' else '没有找到显卡' if device == 'cpu' else '自动找到'}），"
-        f"基础权重 {run['dtype']}{'' if args.quantization == 'none' else '，量化 ' + args.quantization}，LoRA float32，优化器 {optim}，{'按行打包，不填充' if packed else '填充' if not args.fast else '填充（这种模型不能打包）'}\n"
-        f"可训练参数 {trainable:,} / {total:,}（{100 * trainable / total:.2f}%），加在 {'、'.join(sorted({name.rpartition('.')[2] for name in model.targeted_module_names}))}\n"
+        f"基础权重 {run['dtype']}{'' if args.quantization == 'none' else '，量化 ' + args.quantization}，LoRA float32，优化器 {optim}，{'按行打包，不填充' if packed else '逐行算' if not args.fast else '逐行算（这种模型或方法不能打包）'}\n"
+        f"可训练参数 {trainable:,} / {total:,}（{100 * trainable / total:.2f}%），{f'{virtual} 个虚拟 token' if virtual else '加在 ' + '、'.join(sorted({name.rpartition('.')[2] for name in model.targeted_module_names}))}\n"
         f"每步 {rows_per_step} 行，每轮 {steps_per_epoch} 步，共 {total_steps} 步；输出到 {folder}")
 
     # ---- 4. The loop ----
@@ -457,6 +459,7 @@ def main() -> None:
             fail(6, f"磁盘满了：存一个 checkpoint 要 {need / 1e6:.1f} MB，{folder} 那里还剩 {free / 1e6:.1f} MB。已有的 checkpoint 完好；腾出空间后加 --resume_from_checkpoint auto 接着训练")
         if due and rank == 0:
             values = {f"{i}.{key}": v for i, entry in torch.optim.Optimizer.state_dict(optimizer)["state"].items() for key, v in entry.items()}  # unwrapped
+            values |= {name: p.detach() for name, p in model.named_parameters() if virtual and p.requires_grad}  # the adapter's file has what they compute
             state = {**run, "step": step, "losses": losses, "best": best if best < math.inf else None, "best_step": best_step, "bad_evals": bad_evals,
                      "scaler": scaler.state_dict(), "optimizer": {key: v for key, v in values.items() if not torch.is_tensor(v)}}
             if bad := next((name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()), None):
@@ -476,7 +479,7 @@ def main() -> None:
         # micro-steps: the rows of a step, and every random number drawn in it, follow from (seed, step)
         bar.set_description(f"Epoch {step // steps_per_epoch + 1}/{math.ceil(args.num_epochs)}")
         batch_rows = [train_data[i] for i in step_rows(len(train_data), rows_per_step, args.seed, step)]
-        label_tokens, step_loss, step_parts = sum(t != -100 for _, labels, _ in batch_rows for t in labels[1:]), 0.0, [0.0, 0.0]
+        label_tokens, sums = sum(t != -100 for _, labels, _ in batch_rows for t in labels[1:]), [0.0, 0.0, 0.0]  # of the loss, and of its two parts
         since = time.perf_counter()
         torch.manual_seed(args.seed * 1_000_003 + step + (rank << 22))  # a CPU takes the lower 32 bits
         for p in parameters:
@@ -487,9 +490,8 @@ def main() -> None:
                 parts = loss_sum(model, batch, packed, args.neftune_alpha, teach)
                 loss = ((1 - kd_ratio) * parts[0] + kd_ratio * parts[1]) / label_tokens
             scaler.scale(loss).backward()
-            step_loss += loss.item()
-            step_parts = [total + part.item() / label_tokens for total, part in zip(step_parts, parts)]
-        step_loss, *step_parts = sum_over_processes(torch.tensor([step_loss, *step_parts], dtype=torch.float64), *(p.grad for p in parameters))
+            sums = [total + x.item() for total, x in zip(sums, (loss, *(part / label_tokens for part in parts)))]
+        step_loss, *step_parts = sum_over_processes(torch.tensor(sums, dtype=torch.float64), *(p.grad for p in parameters))
 
         # clip; what is not a number never reaches the weights
         scaler.unscale_(optimizer)
@@ -516,12 +518,11 @@ def main() -> None:
         losses.append(step_loss)
         tokens, seconds = tokens + sum(len(ids) for ids, _, _ in batch_rows), seconds + time.perf_counter() - since
         if (step + 1) % args.logging_steps == 0 or step + 1 == total_steps:
-            left = int(seconds / len(losses) * (total_steps - step - 1))
             metrics = {"loss": round(sum(losses) / len(losses), 6), "learning_rate": float(f"{args.learning_rate * scale:.4g}"), "grad_norm": round(grad_norm, 4),
                        "tokens_per_second": round(tokens / seconds, 1), "epoch": round((step + 1) / steps_per_epoch, 4),
                        **({"peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2), "skipped_updates": skipped} if on_cuda else {})}
             metrics |= {"answer_loss": round(step_parts[0], 6), "teacher_loss": round(step_parts[1], 6)} if teach else {}  # of this step
-            record(step + 1, metrics, f"{metrics} 第 {step + 1}/{total_steps} 步，还要 {left // 60}:{left % 60:02d}")
+            record(step + 1, metrics, f"{metrics} 第 {step + 1}/{total_steps} 步，还要 {tqdm.format_interval(seconds / len(losses) * (total_steps - step - 1))}")
             losses, tokens, seconds, all_tokens = [], 0, 0.0, all_tokens + tokens
 
     bar.close()
@@ -532,7 +533,7 @@ def main() -> None:
     # ---- 5. The best adapter becomes final_model ----
     if problem := damage(source := folder / f"checkpoint-{best_step or step}"):
         fail(4, f"最好的 {source} 不能用：{problem}，没有写 final_model。可以直接用另一个：python inference.py --interactive --lora_weights {folder}/checkpoint-N")
-    if not any(v.any() for key, v in load_file(source / "adapter_model.safetensors").items() if "lora_B" in key or "lora_embedding_A" in key):
+    if not any(v.any() for key, v in load_file(source / "adapter_model.safetensors").items() if not any(part in key for part in ("lora_A", "lora_embedding_B", "lora_magnitude"))):
         fail(5, f"LoRA 的权重还全是零，等于没有训练，没有写 final_model。检查 --learning_rate（现在是 {args.learning_rate}）")
     with staged(folder / "final_model") as staging:
         for file in set(source.iterdir()) - {source / name for name in ("optimizer.safetensors", "state.json", "manifest.json")}:
@@ -540,9 +541,8 @@ def main() -> None:
     summary = {"步数": f"{step}（{step / steps_per_epoch:g} 轮）", "训练行数": len(train_data), "可训练参数": f"{trainable:,}（{100 * trainable / total:.2f}%）",
                "用时": f"{(minutes := (time.perf_counter() - began) / 60):.1f} 分钟", "速度": f"{all_tokens / minutes / 60:.0f} token/s（含验证和保存）",
                **({"验证损失": f"{next(m['val_loss'] for m in history if 'val_loss' in m):.4f} → {best:.4f}（第 {best_step} 步）"} if val_data else {})}
-    lines = [f"# 训练报告\n\n{run['started']} 开始，{run['device']}，{run['dtype']}，torch {run['versions']['torch']}\n\n| 项目 | 值 |\n|---|---|",
-             *(f"| {name} | {value} |" for name, value in [*summary.items(), *run["args"].items()])]
-    (folder / "training_report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    report = f"# 训练报告\n\n{run['started']} 开始，{run['device']}，{run['dtype']}，torch {run['versions']['torch']}\n\n| 项目 | 值 |\n|---|---|\n"
+    (folder / "training_report.md").write_text(report + "".join(f"| {name} | {value} |\n" for name, value in [*summary.items(), *run["args"].items()]), encoding="utf-8")
     say("\n".join(f"{name}：{value}" for name, value in summary.items()) + f"\n训练完成，报告在 {folder / 'training_report.md'}")
     print(folder / "final_model")
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers as t
 import xllamacpp
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Regex, normalizers, pre_tokenizers
 
@@ -328,6 +328,32 @@ def test_an_adapter_that_llama_cpp_cannot_express_exits_4_and_leaves_nothing(tmp
 
 
 # ---- Refusals, and what is left behind ----
+
+@pytest.mark.parametrize("flag", ["--merge_only", "--adapter_gguf"])
+def test_virtual_tokens_can_be_neither_merged_nor_converted(tmp_path, capsys, flag):
+    base = tiny_model("llama", tmp_path / "base")
+    get_peft_model(t.AutoModelForCausalLM.from_pretrained(base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).save_pretrained(tmp_path / "adapter")
+    export(base, tmp_path / "adapter", tmp_path / "out", flag, code=4)
+    assert "虚拟 token" in (error := capsys.readouterr().err) and "inference.py --lora_weights" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_ia3_merges_and_is_no_lora_for_llama_cpp(tmp_path, capsys):
+    base = tiny_model("llama", tmp_path / "base")
+    torch.manual_seed(0)
+    model = get_peft_model(t.AutoModelForCausalLM.from_pretrained(base), IA3Config(task_type="CAUSAL_LM"))
+    for name, p in model.named_parameters():
+        p.data.add_(0.1 * torch.randn_like(p) if "ia3_l" in name else 0)
+    model.save_pretrained(tmp_path / "adapter")
+    export(base, tmp_path / "adapter", tmp_path / "lora", "--adapter_gguf", code=4)
+    assert "去掉 --adapter_gguf" in capsys.readouterr().err
+    export(base, tmp_path / "adapter", tmp_path / "out", "--merge_only")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        merged = t.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+        assert (merged - model.eval()(ids).logits).abs().max() < 1e-3
+        with model.disable_adapter():
+            assert (merged - model(ids).logits).abs().max() > 1e-2
 
 def test_an_unknown_architecture_exits_4_with_its_name_and_leaves_nothing(tmp_path, capsys):
     base = make_model(tmp_path / "base", "gpt2")

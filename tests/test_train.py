@@ -159,7 +159,7 @@ def test_each_architecture_trains_reloads_and_generates(architecture, data, tmp_
     assert isinstance(generate_response(ours, tokenizer, QUESTIONS[0], None), str)
 
 
-@pytest.mark.parametrize("method", ["rslora", "dora"])
+@pytest.mark.parametrize("method", ["rslora", "dora", "ia3"])
 def test_each_method_trains_packed_reloads_merges_and_resumes(method, tiny, data, tmp_path, capfd):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -169,7 +169,7 @@ def test_each_method_trains_packed_reloads_merges_and_resumes(method, tiny, data
     folder = train(tiny, data, tmp_path / "run", "--peft_method", method, "--num_epochs", 3, "--learning_rate", 1e-2, "--save_every", 1, "--save_total_limit", 9)
     assert "按行打包" in capfd.readouterr().err
     config = json.loads((folder / "final_model" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert (config["use_rslora"], config["use_dora"]) == (method == "rslora", method == "dora")
+    assert (config["peft_type"], config.get("use_rslora"), config.get("use_dora")) == (("IA3", None, None) if method == "ia3" else ("LORA", method == "rslora", method == "dora"))
     ours, tokenizer = load_model(tiny, str(folder / "final_model"))
     merged, _ = load_model(tiny, str(folder / "final_model"), merge=True)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), folder / "final_model").eval()
@@ -184,6 +184,59 @@ def test_each_method_trains_packed_reloads_merges_and_resumes(method, tiny, data
         shutil.rmtree(folder / name)
     train(tiny, data, folder, "--resume_from_checkpoint", "auto")
     assert weights == (folder / "final_model" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method,architecture", [("ptuning", "qwen3"), ("prefix", "llama"), ("prompt", "opt"), ("prefix", "gpt2"), ("ptuning", "gpt2")])
+def test_virtual_tokens_learn_reload_answer_one_by_one_and_resume(method, architecture, data, tmp_path, capfd):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from common import encode, end_token_ids
+    from evaluate_model import answer_loss
+    from inference import conversation, generate, load_model
+
+    base = make_model(tmp_path / "base", architecture)
+    settings = ["--peft_method", method, "--num_virtual_tokens", 5, "--prompt_encoder_hidden", 16, "--learning_rate", 2e-2, "--val_data", data]
+    folder = train(base, data, tmp_path / "run", *settings, "--num_epochs", 4, "--save_every", 1, "--save_total_limit", 9)
+    said = capfd.readouterr().err
+    assert "逐行算" in said and "5 个虚拟 token" in said
+    ours, tokenizer = load_model(base, str(folder / "final_model"), merge=True)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "final_model").eval()
+    ids = tokenizer(QUESTIONS[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert (ours(ids).logits - plain(ids).logits).abs().max() < 1e-5
+
+    # the loss is that of the answers, not of tokens moved by the virtual ones in front
+    losses = [m["val_loss"] for m in metrics(folder) if "val_loss" in m]
+    sums = [answer_loss(ours, tokenizer, [*conversation(q), {"role": "assistant", "content": a}]) for q, a in zip(QUESTIONS, ANSWERS)]
+    assert min(losses) < losses[0] and sum(loss for loss, _ in sums) / sum(n for _, n in sums) == pytest.approx(min(losses[1:]), rel=1e-5)
+
+    talks = [conversation(question) for question in QUESTIONS[:3]]
+    tuned = [answer["text"] for answer in generate(ours, tokenizer, talks, max_new_tokens=12)]
+    for talk, answer in zip(talks, tuned):
+        ids = encode(tokenizer, talk)[0]
+        said = []
+        while len(said) < 12 and (said[-1:] or [None])[0] not in end_token_ids(ours, tokenizer):
+            with torch.no_grad():
+                said.append(ours(input_ids=torch.tensor([ids + said]), use_cache=False).logits[0, -1].argmax().item())
+        assert tokenizer.decode(said, skip_special_tokens=True).strip() == answer
+    alone = [answer["text"] for answer in generate(load_model(base)[0], tokenizer, talks, max_new_tokens=12)]
+    with ours.disable_adapter():
+        assert [answer["text"] for answer in generate(ours, tokenizer, talks, max_new_tokens=12)] == alone != tuned
+
+    weights = (folder / "final_model" / "adapter_model.safetensors").read_bytes()
+    for name in ("final_model", "checkpoint-3", "checkpoint-4"):
+        shutil.rmtree(folder / name)
+    train(base, data, folder, "--resume_from_checkpoint", "auto")
+    assert weights == (folder / "final_model" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("flags", [("prefix", "--gradient_checkpointing"), ("prompt", "--teacher_model", "TINY"), ("ptuning", "--num_virtual_tokens", 500)])
+def test_what_virtual_tokens_cannot_do_is_refused(flags, tiny, data, tmp_path, capfd):
+    train(tiny, data, tmp_path / "run", "--peft_method", *(tiny if flag == "TINY" else flag for flag in flags), code=2)
+    error = capfd.readouterr().err.rpartition("错误：")[2]
+    assert flags[0] in error or "--max_length 12" in error
+    assert not (tmp_path / "run" / "final_model").exists()
 
 
 def test_a_dry_run_shows_the_rows_and_the_cost_and_writes_nothing(tiny, tmp_path):
