@@ -26,8 +26,7 @@ DEFAULT_MODEL, DEMO_MODEL = "./models/LLM-Research/Llama-3.2-3B-Instruct", "./mo
 # Llama-3.2's template prints today's date, so training and chatting would see different prompts: every template is given this day.
 TEMPLATE_DATE = datetime.date(2024, 7, 26)
 PLAIN_TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}\n\n"  # where a tokenizer has none (GPT-2, OPT …); saved with the adapter
-                  "{% elif m['role'] == 'user' %}### 问题：\n{{ m['content'] }}\n\n### 回答：\n"
-                  "{% else %}{{ m['content'] }}{{ eos_token }}\n\n{% endif %}{% endfor %}")
+                  "{% elif m['role'] == 'user' %}### 问题：\n{{ m['content'] }}\n\n### 回答：\n{% else %}{{ m['content'] }}{{ eos_token }}\n\n{% endif %}{% endfor %}")
 COLUMNS = {  # names that people use for the same thing; the canonical one wins where several are there
     "instruction": ("instruction", "question", "query", "prompt", "text", "问题", "問題", "提问", "指令", "题目"),
     "input": ("input", "context", "输入", "背景", "补充信息"),
@@ -35,8 +34,7 @@ COLUMNS = {  # names that people use for the same thing; the canonical one wins 
     "system": ("system", "system_prompt", "系统提示"), "history": ("history", "历史"),
     "messages": ("messages", "conversations", "conversation", "对话"),
 }
-ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "bot": "assistant", "用户": "user", "助手": "assistant",
-         "function_call": "assistant", "observation": "user", "tool": "user"}
+ROLES = dict.fromkeys(("human", "用户", "observation", "tool"), "user") | dict.fromkeys(("gpt", "bing", "bot", "助手", "function_call"), "assistant")
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
 FOREIGN = {rb"\x1f\x8b|BZh|\xfd7zXZ|Rar!|7z\xbc": "压缩包，请先解压", rb"\xd0\xcf\x11\xe0": "旧版 Excel（.xls）或加了密码的表，请去掉密码、另存为 .xlsx", rb"%PDF": "PDF，请把内容放进表格",
            rb"\s*<(?i:!doctype|html|\?xml|table)": "网页（HTML），请在 Excel 里打开后另存为 .xlsx"}
@@ -165,8 +163,10 @@ def read_table(path: str, encoding: str | None = None, known: frozenset = frozen
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
             return (yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1))
         if start[:4] == b"PK\3\4":
-            cells, odd = importlib.import_module("pandas").read_excel(path, header=None, dtype=str, na_filter=False), {"_x000D_\n?": "\n", r"^(\d{4}-\d\d-\d\d) 00:00:00$": r"\1"}
-            rows = enumerate(cells.fillna("").replace(odd, regex=True).values.tolist(), 1)  # odd: Excel's own end of a line, and a day without a time
+            (name, cells), *others = importlib.import_module("pandas").read_excel(path, sheet_name=None, header=None, dtype=str, na_filter=False).items()
+            rows = enumerate(cells.fillna("").replace({"_x000D_\n?": "\n", r"^([\d-]{10}) 00:00:00$": r"\1"}, regex=True).values.tolist(), 1)  # Excel's end of a line; a day without a time
+            if unread := [title for title, sheet in others if len(sheet)]:
+                say(f"警告：{path} 只读第一张工作表“{visible(name)}”，没有读 {visible('、'.join(unread))[:100]}。要用就把每张另存成一个文件")
     except Exception as error:  # noqa: BLE001 - broken files raise a dozen unrelated types
         fail(3, f"{path} 是 Excel、Parquet 或压缩包，但读不出来：{visible(str(error))[:100]}")
     if start[:4] != b"PK\3\4":

@@ -119,6 +119,9 @@ def test_a_file_of_prompts_is_answered_in_its_order(learned, tmp_path):
     run("inference.py", "--lora_weights", learned / "final_model", "--prompt_file", tmp_path / "q.txt", "--output", tmp_path / "a.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(r["question"], r["answer"], r["stopped"]) for r in rows] == [(q, a, True) for q, a in zip(QUESTIONS, ANSWERS)]
+    asked = (tmp_path / "q.txt").read_bytes()
+    run("inference.py", "--lora_weights", learned / "final_model", "--prompt_file", tmp_path / "q.txt", "--output", f"{tmp_path}/./q.txt", code=2)
+    assert (tmp_path / "q.txt").read_bytes() == asked
     printed = run("inference.py", "--lora_weights", learned / "final_model", "--prompt_file", tmp_path / "q.txt").stdout
     assert printed.count("问：") == 8 and all(a in printed for a in ANSWERS)
 

@@ -487,6 +487,25 @@ def test_rows_of_a_json_array_on_one_line_have_places_of_their_own(tmp_path):
     assert [row["where"] for row in load_rows(str(path))[0]] == [f"{path}:{2 + 4 * n}" for n in range(len(ROWS))]
 
 
+def test_the_sheets_that_are_not_read_are_named(tmp_path, capsys):
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    book.active.title = "合同"
+    for title, rows in (("合同", ROWS), ("劳动", ROWS), ("Sheet3", [])):
+        sheet = book[title] if title in book.sheetnames else book.create_sheet(title)
+        for line in [("问题", "回答"), *rows] if rows else ():
+            sheet.append(line)
+    book.save(tmp_path / "t.xlsx")
+    assert pairs(load_rows(str(tmp_path / "t.xlsx"))[0]) == ROWS
+    said = capsys.readouterr().err
+    assert "第一张工作表“合同”，没有读 劳动。" in said and "Sheet3" not in said
+    book.remove(book["劳动"])
+    book.save(tmp_path / "t.xlsx")
+    load_rows(str(tmp_path / "t.xlsx"))
+    assert "工作表" not in capsys.readouterr().err
+
+
 def test_excels_own_line_ends_days_and_broken_titles(tmp_path):
     import datetime
 
