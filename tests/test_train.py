@@ -477,7 +477,7 @@ def test_eight_rows_are_learned_by_heart_and_the_answers_stop(tiny, data, tmp_pa
 def test_the_demo_model_learns_eight_rows_by_heart_and_stops(demo, data, tmp_path):
     from inference import generate, load_model
 
-    folder = train(demo, data, tmp_path / "run", "--num_epochs", 60, "--learning_rate", 1e-3, "--lr_scheduler", "constant", "--val_ratio", 0, "--lora_dropout", 0,
+    folder = train(demo, data, tmp_path / "run", "--num_epochs", 20, "--learning_rate", 2e-3, "--lr_scheduler", "constant", "--val_ratio", 0, "--lora_dropout", 0,
                    "--save_every", -1, "--batch_size", 8, "--gradient_accumulation_steps", 1)
     assert metrics(folder)[-1]["loss"] < 0.05
     model, tokenizer = load_model(demo, str(folder / "final_model"))
