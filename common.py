@@ -9,7 +9,6 @@ import difflib
 import functools
 import hashlib
 import importlib
-import itertools
 import json
 import math
 import os
@@ -84,25 +83,20 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=OneNameHelp, allow_abbrev=False, usage="%(prog)s [参数 …]", add_help=False)
     words = {"argument ": "参数 ", "expected one argument": "后面缺少一个值", "expected at least one argument": "后面至少要有一个值",
              "invalid choice: ": "没有这个选项 ", "choose from": "可选", "not allowed with": "不能同时用"}
-    def error(message: str) -> NoReturn:
-        for english, chinese in words.items():
-            message = message.replace(english, chinese)
-        fail(2, f"{message}\n全部参数：python {Path(sys.argv[0]).name} --help")
-    parser.error = error
+    parser.error = lambda message: fail(2, re.sub("|".join(words), lambda match: words[match[0]], message)
+                                        + f"\n全部参数：python {Path(sys.argv[0]).name} --help")
     add = parser.add_argument_group("通用").add_argument
     add("--help", "-h", action="help", help="显示这份说明")
     add("--config", metavar="FILE", help="YAML 或 JSON 配置文件；命令行上写的参数优先")
     return parser
 
-def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse `argv`, hyphens and underscores alike, with the entries of a --config file as flags before the typed ones: argparse checks them
+def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse what was typed, hyphens and underscores alike, with the entries of a --config file as flags before the typed ones: argparse checks them
     too. A key that only a sibling script knows is skipped; one that none knows, like a mistyped flag, is exit 2 with the nearest name."""
     actions = parser._option_string_actions
     flags = {name.replace("-", "_"): name for name in actions if name.startswith("--")}
-    typed, words, entries = [], [], {}
-    for word in sys.argv[1:] if argv is None else argv:
-        name, equals, value = word.partition("=")
-        typed.append(flags.get(name.replace("-", "_"), name) + equals + value)
+    typed = [re.sub("^--[^=]+", lambda match: flags.get(match[0].replace("-", "_"), match[0]), word) for word in sys.argv[1:]]
+    words, entries = [], {}
     if config := parser.parse_known_args(typed)[0].config:
         import yaml
         try:
@@ -132,20 +126,18 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
 
 def decode(data: bytes, path: str, encoding: str | None = None) -> tuple[str, str]:
     """Text and encoding of `data`: `encoding`, or what a BOM says, or UTF-8, or GB18030, strictly; never a guess that garbles."""
-    known, errors = re.sub("(?i)^utf-?8$", "utf-8-sig", encoding or "") or {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}.get(data[:2]), []
-    for name in [known] if known else ["utf-8-sig", "gb18030"]:
-        try:
-            text = data.decode(name)
-        except (UnicodeDecodeError, LookupError) as error:
-            errors.append(getattr(error, "start", 0))
-            continue
-        wide = re.sub("[\0-\x7f]+", "", text[:500_000])  # nearly any bytes are valid GB18030, so it must look like Chinese:
-        usual = len(wide.encode("gb2312", "ignore")) / 2 >= 0.8 * len(wide)  # Big5, Shift-JIS and cp1252 fall outside of GB2312, EUC-KR inside,
-        common = sum(map(wide.count, "的一是不了在有人我他这中大来上个国到说们为和你地出也时年要以会可能法问答，")) >= 0.05 * len(wide)
-        utf8_line = rb"(?m)^[\0-\x09\x0b-\x7f]*(?:[\xe4-\xe9][\x80-\xbf]{2}[\0-\x09\x0b-\x7f]*){3,}$"
-        if encoding or name != "gb18030" or usual and (common or len(wide) < 30) and not re.search(utf8_line, data):
-            return text, name
-    fail(3, f"{path}:{data.count(10, 0, errors[0]) + 1} 第 {errors[0]} 字节不是有效的 {(known or 'utf-8').upper()}"
+    known = re.sub("(?i)^utf-?8$", "utf-8-sig", encoding or "") or {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}.get(data[:2])
+    try:
+        return data.decode(known or "utf-8-sig"), known or "utf-8-sig"
+    except (UnicodeDecodeError, LookupError) as error:
+        start, text = getattr(error, "start", 0), data.decode("gb18030", "replace")
+    wide = re.sub("[\0-\x7f]+", "", text[:500_000])  # nearly any bytes are valid GB18030, so it must look like Chinese:
+    usual = len(wide.encode("gb2312", "ignore")) / 2 >= 0.8 * len(wide)  # Big5, Shift-JIS and cp1252 fall outside of GB2312, EUC-KR inside,
+    common = sum(map(wide.count, "的一是不了在有人我他这中大来上个国到说们为和你地出也时年要以会可能法问答，")) >= 0.05 * len(wide)
+    utf8_line = rb"(?m)^[\0-\x09\x0b-\x7f]*(?:[\xe4-\xe9][\x80-\xbf]{2}[\0-\x09\x0b-\x7f]*){3,}$"
+    if not known and usual and (common or len(wide) < 30) and text.encode("gb18030") == data and not re.search(utf8_line, data):
+        return text, "gb18030"
+    fail(3, f"{path}:{data.count(10, 0, start) + 1} 第 {start} 字节不是有效的 {(known or 'utf-8').upper()}"
             f"{'，整个文件也不像 GB18030 的中文' * (not known)}。\n在 Excel 里另存为“CSV UTF-8”后再试；知道编码就写出来，例如 --encoding big5、utf-16-le")
 
 def read_table(path: str, encoding: str | None = None, known: frozenset = frozenset()):
@@ -163,10 +155,12 @@ def read_table(path: str, encoding: str | None = None, known: frozenset = frozen
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
             return (yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1))
         if start[:4] == b"PK\3\4":
-            (name, cells), *others = importlib.import_module("pandas").read_excel(path, sheet_name=None, header=None, dtype=str, na_filter=False).items()
-            rows = enumerate(cells.fillna("").replace({"_x000D_\n?": "\n", r"^([\d-]{10}) 00:00:00$": r"\1"}, regex=True).values.tolist(), 1)  # Excel's end of a line; a day without a time
-            if unread := [title for title, sheet in others if len(sheet)]:
-                say(f"警告：{path} 只读第一张工作表“{visible(name)}”，没有读 {visible('、'.join(unread))[:100]}。要用就把每张另存成一个文件")
+            with importlib.import_module("pandas").ExcelFile(path) as book:
+                cells, others = book.parse(header=None, dtype=str, na_filter=False).fillna(""), book.book.worksheets[1:]
+                unread = [sheet.title for sheet in others if any(cell not in (None, "") for row in sheet.iter_rows(values_only=True) for cell in row)]
+                if unread:
+                    say(f"警告：{path} 只读第一张工作表“{visible(book.sheet_names[0])}”，没有读 {visible('、'.join(unread))[:100]}。要用就把每张另存成一个文件")
+            rows = enumerate(cells.replace({"_x000D_\n?": "\n", r"^([\d-]{10}) 00:00:00$": r"\1"}, regex=True).values.tolist(), 1)  # Excel's end of a line; a day without a time
     except Exception as error:  # noqa: BLE001 - broken files raise a dozen unrelated types
         fail(3, f"{path} 是 Excel、Parquet 或压缩包，但读不出来：{visible(str(error))[:100]}")
     if start[:4] != b"PK\3\4":
@@ -200,9 +194,9 @@ def read_json(path: str, text: str, array: bool):
     decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else int("重复的键"),
                                parse_int=str, parse_float=str, parse_constant=int)  # int() refuses NaN as well
     first, between = (r"\ufeff?\s*\[\s*", r"\s*,\s*") if array else (r"\ufeff?\s*", r"[ \t\r]*\n\s*")
-    line, at = 1, 0
+    line, start, at = 1, 0, 0
     while (gap := re.compile(between if at else first).match(text, at)) and gap.end() < len(text):
-        line, start = line + text.count("\n", at, gap.end()), gap.end()
+        line, start = line + text.count("\n", start, gap.end()), gap.end()
         try:
             record, at = decoder.raw_decode(text, start)
             record = record if isinstance(record, dict) else f"应该是 {{…}} 对象，得到 {visible(str(record))[:40]}"
@@ -212,9 +206,8 @@ def read_json(path: str, text: str, array: bool):
             if array:
                 fail(3, f"{path}:{getattr(error, 'lineno', line)} {record}")
         yield line if "\n" in gap[0] or not gap.start() else f"{line}:{start - text.rfind(chr(10), 0, start)}", record
-        line += text.count("\n", start, at)
     if text[at:].strip() != ("]" if array else ""):
-        fail(3, f"{path}:{line} 不是有效的 JSON：{visible(text[at:].strip())[:40] or '没有用 ] 结束'}")
+        fail(3, f"{path}:{line + text.count(chr(10), start, at)} 不是有效的 JSON：{visible(text[at:].strip())[:40] or '没有用 ] 结束'}")
 
 def find_columns(names: tuple, wanted: dict) -> dict:
     """{field: name of its column}, `wanted` being what the user says of it; ValueError with a sentence where it cannot be told."""
@@ -222,12 +215,11 @@ def find_columns(names: tuple, wanted: dict) -> dict:
     listed = f"现有的列是：{visible('、'.join(map(str, names)))[:200]}"
     if missing := [f"{name} 列" for name in wanted.values() if name not in names] + [f"{field}= 这种写法" for field in wanted if field not in {*COLUMNS, "text"}]:
         raise ValueError(f"没有 {missing[0]}，{listed}；--columns 里左边写 {'、'.join(COLUMNS)} 或 text")
-    columns = dict(wanted)
-    for field, aliases in COLUMNS.items() if "text" not in wanted else ():
-        found = [known[alias] for alias in aliases if alias in known and not (field in ("history", "messages") and {"instruction", "output"} <= set(wanted))]
-        if len(found) > 1 and field not in known and field not in wanted:
-            raise ValueError(f"列 {'、'.join(found)} 都可以当作 {field}。只留一列，或写明 --columns {field}={found[0]}")
-        columns |= {field: found[0]} if found and field not in columns else {}
+    settled = {*wanted, *(COLUMNS if "text" in wanted else ("history", "messages") if {"instruction", "output"} <= set(wanted) else ())}
+    found = {field: [known[alias] for alias in aliases if alias in known] for field, aliases in COLUMNS.items() if field not in settled}
+    for field in (field for field, several in found.items() if len(several) > 1 and field not in known):
+        raise ValueError(f"列 {'、'.join(found[field])} 都可以当作 {field}。只留一列，或写明 --columns {field}={found[field][0]}")
+    columns = wanted | {field: several[0] for field, several in found.items() if several}
     if "text" in columns or "text" in known and not {"output", "messages"} & set(columns):
         return {"text": columns.get("text") or known["text"]}
     if "messages" in columns or not (missing := "、".join(sorted({"instruction", "output"} - set(columns)))):
@@ -236,20 +228,18 @@ def find_columns(names: tuple, wanted: dict) -> dict:
 
 def make_row(cells: dict) -> dict:
     """The row of {field: value}; {} where the question or an answer is empty, ValueError with a sentence where a cell is odd."""
-    def text(value) -> str:
-        if isinstance(value, (list, dict, bytes)) or re.search("[\0\ud800-\udfff]", str(value)):
-            raise ValueError(f"应该是文字，得到 {visible(str(value))[:60]}")
-        return "" if value is None or isinstance(value, float) and math.isnan(value) else str(value).strip()
+    def text(*values) -> str:
+        if odd := [cell for cell in values if isinstance(cell, (list, dict, bytes)) or re.search("[\0\ud800-\udfff]", str(cell))]:
+            raise ValueError(f"应该是文字，得到 {visible(str(odd[0]))[:60]}")
+        return "\n".join(filter(None, ("" if cell is None or isinstance(cell, float) and math.isnan(cell) else str(cell).strip() for cell in values)))
     if "text" in cells:
         return {"text": text(cells["text"])} if text(cells["text"]) else {}
     cells = {f: json.loads(cell) if f in ("messages", "history") and isinstance(cell, str) and cell else cell for f, cell in cells.items()}
-    if not (turns := cells.get("messages")) and isinstance(cells.get("instruction"), list):
-        turns = cells["instruction"] + cells["output"]  # TRL's prompt and completion may be messages
-    if turns:
-        said = [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")) for turn in turns]
-    else:
-        said = [pair for past in cells.get("history") or [] for pair in ([(past.get("role"), past.get("content"))] if isinstance(past, dict) else zip(("user", "assistant"), list.copy(past), strict=True))]
-        said += [("user", "\n".join(filter(None, (text(cells.get("instruction")), text(cells.get("input")))))), ("assistant", cells.get("output"))]
+    asked, told, past = map(cells.get, ("instruction", "output", "history"))  # TRL's prompt and completion may be messages
+    turns = cells.get("messages") or [*(past or []), *(asked + told if isinstance(asked, list) else [[text(asked, cells.get("input")), told]])]
+    said = [pair for turn in turns for pair in (
+            [(turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value"))] if isinstance(turn, dict)
+            else zip(("user", "assistant"), list.copy(turn), strict=True))]
     if text(cells.get("system")) and said[0][0] != "system":
         said.insert(0, ("system", cells["system"]))
     messages = [{"role": ROLES.get(role, role), "content": text(content)} for role, content in said]
@@ -265,7 +255,7 @@ def stream_rows(path: str, encoding: str | None = None, columns: str | None = No
     files = sorted(str(p) for p in Path(path).iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] not in ".~") if os.path.isdir(path) else [path]
     for file in [file for file in files if re.search("(?i)(?<![a-z])train|train(?![a-z])|训练", Path(file).name)] or files or [path]:  # of a folder that is split already, the part to learn
         mapped: dict = {}
-        for line, record in read_table(file, encoding, frozenset(map(str.lower, itertools.chain(wanted.values(), *COLUMNS.values())))):
+        for line, record in read_table(file, encoding, frozenset(name.lower() for names in (wanted.values(), *COLUMNS.values()) for name in names)):
             where = f"{file}:{line}"
             try:
                 if isinstance(record, str):
@@ -288,15 +278,13 @@ def load_rows(paths: str | list[str], encoding: str | None = None, columns: str 
     `path:200` takes that many rows at random, `path:0.5` that share of them (2.0: each twice); hf:ORG/NAME and ms:ORG/NAME are downloaded."""
     rows, dropped = [], []
     for path in [paths] if isinstance(paths, str) else paths:
-        name, amount = (path, None) if os.path.exists(path) else re.fullmatch(r"(.*?)(?::(\d+(?:\.\d+)?))?", path).groups()
+        name, amount = (path, "1.0") if os.path.exists(path) else re.fullmatch(r"(.*?)(?::(\d+(?:\.\d+)?))?", path).groups("1.0")
         files = importlib.import_module("prepare_data").fetch(name) if name[:3] in ("hf:", "ms:") else [name]  # nothing else goes to the network
         found = [row for file in files for row in stream_rows(file, encoding, columns, skip_bad_rows)]
         dropped += [row for row in found if isinstance(row, str)]
         found = [row for row in found if isinstance(row, dict)] or fail(3, f"{name} 里没有可以学的行{'（只读第一张工作表）' * name.endswith('.xlsx')}。{''.join(dropped[:1])}")
-        if amount:
-            n = max(1, round(float(amount) * (len(found) if "." in amount else 1)))
-            found = found * (n // len(found)) + random.Random(f"{seed} {name}").sample(found, n % len(found))
-        rows += found
+        n = max(1, round(float(amount) * (len(found) if "." in amount else 1)))
+        rows += found * (n // len(found)) + random.Random(f"{seed} {name}").sample(found, n % len(found))
     odd = [row["where"] for row in rows if re.search("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]", row.get("text") or "".join(m["content"] for m in row["messages"]))]
     if odd:
         say(f"警告：{len(odd)} 行里有乱码（�）或控制字符，会照样学：{'、'.join(odd[:5])}{' 等' if odd[5:] else ''}")
@@ -306,10 +294,10 @@ def load_rows(paths: str | list[str], encoding: str | None = None, columns: str 
 
 @functools.lru_cache(maxsize=8)
 def control_tokens(tokenizer) -> tuple[frozenset, re.Pattern]:
-    """Ids of the added tokens (<|eot_id|> and its like, not runs of blanks), and a pattern that finds their texts."""
+    """Ids of the added tokens (<|eot_id|> and its like, not runs of blanks), and a pattern that matches behind the first character of their texts."""
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip(" \t\r\n▁")}
-    longest_first = sorted((re.escape(text) for text in added if len(text) > 1), key=len, reverse=True)
-    return frozenset(added.values()), re.compile("|".join(longest_first) or r"(?!)")
+    texts = "|".join(re.escape(text) for text in added if len(text) > 1) or "(?!)"
+    return frozenset(added.values()), re.compile(f"(?s)(?<=(?={texts}).)")
 
 def text_ids(tokenizer, text: str, first: bool = False) -> list[int]:
     """Ids of a piece of text that stands inside a longer one (`first`: at its start), with no BOS added. SentencePiece tokenizers put a
@@ -322,68 +310,54 @@ def text_ids(tokenizer, text: str, first: bool = False) -> list[int]:
 
 def content_ids(tokenizer, text: str) -> list[int]:
     """Ids of what a person wrote: the text is cut after the first character of every control token typed in it, and stays ordinary text."""
-    control, pattern = control_tokens(tokenizer)
-    cuts = [0, *(match.start() + 1 for match in pattern.finditer(text)), len(text)]
-    ids = [i for a, b in itertools.pairwise(cuts) for i in text_ids(tokenizer, text[a:b])]
+    control, behind_first = control_tokens(tokenizer)
+    ids = [i for piece in behind_first.split(text) for i in text_ids(tokenizer, piece)]
     return ids if control.isdisjoint(ids) else [i for char in text for i in text_ids(tokenizer, char) if i not in control]
 
 @functools.lru_cache(maxsize=256)
-def template_parts(tokenizer, template: str, roles: tuple[str, ...], prompt: bool) -> tuple[list, list[str]]:
-    """(the chat template's own text as lists of ids, with the number of a message where its content goes; for each message the space before it
-    that is one token with its first word). Rendered once per sequence of roles, with marks, so that no content ever passes through the template."""
-    marks = [f"\ue000{i}\ue001" for i in range(len(roles))]
+def template_parts(tokenizer, template: str, roles: tuple[str, ...], prompt: bool) -> tuple[list, list]:
+    """(the chat template's own text as lists of ids; for each gap between two of them the number of the message whose content goes there and the
+    space before it, one token with its first word). Rendered once per sequence of roles, with marks, so no content passes through the template."""
     watchdog = threading.Timer(10, lambda: (say(f"错误：模型的对话模板 10 秒还没有写完 {' → '.join(roles)} 这样的对话，没有用它"), os._exit(4)))
     watchdog.start()  # a template may loop without end
     try:
         dated = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda match: repr(TEMPLATE_DATE.strftime(match[2])), template)
-        text = tokenizer.apply_chat_template([{"role": role, "content": mark} for role, mark in zip(roles, marks)], chat_template=dated,
-                                             tokenize=False, add_generation_prompt=prompt, enable_thinking=False)
+        text = tokenizer.apply_chat_template([{"role": role, "content": f"\ue000{role}{i}\ue001"} for i, role in enumerate(roles)],
+                                             chat_template=dated, tokenize=False, add_generation_prompt=prompt, enable_thinking=False)
     except Exception as error:  # noqa: BLE001 - a template is a program: it can fail in any way
         fail(4, f"模型的对话模板不接受 {' → '.join(roles)} 这样的对话：{visible(str(error))[:200]}")
     finally:
         watchdog.cancel()
-    pieces = re.split("\ue000(\\d+)\ue001", text[:1_000_000])
-    if lost := [role for i, role in enumerate(roles) if str(i) not in pieces[1::2]]:
+    pieces = re.split("( (?=\ue000(?!assistant)))?\ue000\\D+(\\d+)\ue001", text[:1_000_000])  # before an answer the space is the prompt's
+    if lost := [role for i, role in enumerate(roles) if str(i) not in pieces[2::3]]:
         fail(4, f"模型的对话模板丢掉了 {lost[0]} 的内容，这样的对话不能用来训练")
-    spaces = [""] * len(roles)
-    for n, i in enumerate(map(int, pieces[1::2])):  # not before an answer: the prompt ends there, with its space
-        if pieces[2 * n].endswith(" ") and roles[i] != "assistant":
-            pieces[2 * n], spaces[i] = pieces[2 * n][:-1], " "
-    return [int(piece) if n % 2 else text_ids(tokenizer, piece, first=n == 0) for n, piece in enumerate(pieces)], spaces
+    texts = [text_ids(tokenizer, piece, first=n == 0) for n, piece in enumerate(pieces[::3])]
+    return texts, [(int(i), space or "") for space, i in zip(pieces[1::3], pieces[2::3])]
 
-def encode(tokenizer, messages: list[dict], max_length: int | None = None) -> tuple[list[int], list[int]]:
+def encode(tokenizer, messages: list[dict], max_length: int = sys.maxsize) -> tuple[list[int], list[int]]:
     """(input_ids, labels) of a conversation; labels are -100 but for the assistant's answers and their end tokens.
     Ending with an assistant turn it is a training row: exactly the inference prompt's ids, the answer, one end token. Otherwise it is the
     inference prompt. Over `max_length` the questions are cut first (from the oldest one's end, keeping a quarter of `max_length` for the
     prompt), then the answer, which then has no end token."""
     roles = tuple(m["role"] for m in messages)
     answered = roles[-1] == "assistant"
-    parts, spaces = template_parts(tokenizer, tokenizer.chat_template, roles[:-1] if answered else roles, True)
+    texts, gaps = template_parts(tokenizer, tokenizer.chat_template, roles[:-1] if answered else roles, True)
     if answered:
         whole, _ = template_parts(tokenizer, tokenizer.chat_template, roles, False)
-        parts, spaces = parts + whole[whole.index(len(roles) - 1):], [*spaces, ""]
-    pieces = []  # [ids, learned, may be cut]
-    for n, part in enumerate(parts):
-        if isinstance(part, int):
-            pieces.append([content_ids(tokenizer, spaces[part] + messages[part]["content"]), roles[part] == "assistant", roles[part] == "user"])
-            continue
-        after_answer = n > 0 and roles[parts[n - 1]] == "assistant"
-        end = next((k + 1 for k, i in enumerate(part) if i in control_tokens(tokenizer)[0]), 0) if after_answer else 0
-        if answered and n == len(parts) - 1:
-            pieces.append([part[:end] or [tokenizer.eos_token_id], True, False])
-        else:
-            pieces += [[part[:end], True, False], [part[end:], False, False]]
-    if max_length:
-        prompt = sum(len(ids) for ids, _, _ in (pieces[:-2] if answered else pieces))
-        answer = sum(len(ids) for ids, _, _ in pieces[-2:]) if answered else 0
-        over = prompt - max(max_length - answer, min(max_length // 4, prompt))
-        for piece in pieces:
-            if piece[2] and over > 0:
-                over -= (cut := min(over, len(piece[0])))
-                piece[0] = piece[0][:len(piece[0]) - cut]
-    input_ids = [i for ids, _, _ in pieces for i in ids]
-    labels = [i if learned else -100 for ids, learned, _ in pieces for i in ids]
-    return input_ids[:max_length], labels[:max_length]
+        texts, gaps = [*texts, whole[-1]], [*gaps, (len(roles) - 1, "")]
+    pieces = [(texts[0], "")]  # (ids, whose they are): the assistant's are learned, the user's may be cut
+    for (i, space), text in zip(gaps, texts[1:]):
+        end = next((k + 1 for k, token in enumerate(text) if roles[i] == "assistant" and token in control_tokens(tokenizer)[0]), 0)
+        pieces += [(content_ids(tokenizer, space + messages[i]["content"]), roles[i]), (text[:end], "assistant"), (text[end:], "")]
+    if answered:  # one end token, and nothing after it
+        pieces[-2:] = [(pieces[-2][0] or [tokenizer.eos_token_id], "assistant")]
+    lengths = [len(ids) for ids, _ in pieces]
+    over = max(0, min(sum(lengths) - max_length, sum(lengths[:-2] if answered else lengths) - max_length // 4))
+    for question in (ids for ids, role in pieces if role == "user"):
+        over -= (cut := min(over, len(question)))
+        del question[len(question) - cut:]
+    tokens = [(i, i if role == "assistant" else -100) for ids, role in pieces for i in ids][:max_length]
+    return [i for i, _ in tokens], [label for _, label in tokens]
 
 def end_token_ids(model, tokenizer) -> list[int]:
     """Every id that ends an answer: the model's, the tokenizer's, and the one that the template puts after an answer."""
@@ -440,10 +414,8 @@ def load_base(path: str, device: str, dtype, quantization: str = "none", trust_r
     import transformers
     from safetensors import safe_open
     transformers.utils.logging.disable_progress_bar()
-    options = {"dtype": dtype, "local_files_only": True, "use_safetensors": True, "trust_remote_code": trust_remote_code}
-    if quantization != "none":
-        options |= {"device_map": {"": device}, "quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=quantization == "4bit",
-                    load_in_8bit=quantization == "8bit", bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
+    bits = {} if quantization == "none" else {"device_map": {"": device}, "quantization_config": transformers.BitsAndBytesConfig(
+        **{f"load_in_{quantization}": True}, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
     texts = "".join(p.read_text(encoding="utf-8") for p in Path(path).glob("*.json") if p.name in ("config.json", "model.safetensors.index.json"))
     if (key := re.search(r'"(auto_map|_attn_implementation_internal|(?:/|\w:|[^"]*(?:\.\.|\\))[^"]*\.safetensors)"', texts)) and not trust_remote_code:
         fail(4, f"{path} 里的 {visible(key[1])} 会运行模型自带的代码，或指向目录以外，没有加载。换一个模型；信任它就加 --trust_remote_code")
@@ -451,7 +423,8 @@ def load_base(path: str, device: str, dtype, quantization: str = "none", trust_r
         for broken in sorted(Path(path).glob("*.safetensors")):  # the libraries do not say which file is cut short, or a pointer to it
             safe_open(broken, "pt")
         broken = path
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, dtype=dtype, local_files_only=True,
+                                                                        use_safetensors=True, trust_remote_code=trust_remote_code, **bits)
         if info["missing_keys"]:
             raise ValueError(f"缺少权重 {min(info['missing_keys'])}")  # the library would draw it at random
         return model.to(device).eval() if quantization == "none" else model.eval()
@@ -466,14 +439,12 @@ def sha256(data: str | bytes) -> str:
 
 def fingerprint(path: str) -> str:
     """sha256 over the name, the size and 64 sampled blocks of each weight file in `path`: a moment for 6 GB, not minutes."""
-    digest = hashlib.sha256()
+    import numpy
+    sampled = b""
     for file in sorted(Path(path).glob("*.safetensors")):
-        digest.update(f"{file.name} {(size := file.stat().st_size)}".encode())
-        with open(file, "rb") as handle:
-            for block in range(64):
-                handle.seek(size * block // 64)
-                digest.update(handle.read(4096))
-    return digest.hexdigest()
+        data = numpy.memmap(file, mode="r")
+        sampled += f"{file.name} {data.size}".encode() + b"".join(data[data.size * block // 64:][:4096] for block in range(64))
+    return sha256(sampled)
 
 def run_script(main) -> None:
     """Call `main`; Ctrl-C, a closed pipe, a full disk or memory end in a sentence and an exit code, not in a traceback."""

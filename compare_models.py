@@ -18,12 +18,11 @@ import json
 import math
 import re
 import statistics
-import sys
 import time
 import unicodedata
 from pathlib import Path
 
-from common import SUFFIXES, fail, load_rows, parse_args, run_script, say, visible
+from common import fail, parse_args, run_script, say, visible
 from inference import can_fold, conversation, find_adapter, generate, generation_options, load_adapter, load_model, make_inference_parser, read_questions, run_record
 
 VERDICTS = {"better": "更好", "worse": "更差", "higher": "更高", "lower": "更低", "no difference shown": "看不出差别"}
@@ -40,21 +39,19 @@ def read_number(text: str) -> int:
     pairs = re.findall(r"([一二三四五六七八九\d]?)([十百千]?)", text)
     return sum(int(unicodedata.numeric(digit or "一") * unicodedata.numeric(unit or "一")) for digit, unit in pairs if digit or unit)
 
-def find_citations(text: str, laws: dict[str, set]) -> list[tuple[int, int, str, str]]:
+def find_citations(text: str, laws: dict[str, set]):
     """(start, end, citation, status) of each article cited: 《刑法》第一百三十三条之一 is "刑法 133-1"; a law in `laws` needs no 《》.
     Status: "real"; "missing" where the law has no such article; "unknown" where `laws` lacks the law, which may exist all the same."""
     names = "|".join(map(re.escape, sorted(laws, key=len, reverse=True))) or "(?!)"
     clause = rf"(?:\s*第\s*{NUMERAL}\s*款)?(?:\s*第?\s*[（(]?{NUMERAL}[）)]?\s*项)?"
     articles = re.sub(r"\((?!\?)", "(?:", ARTICLE)
     pattern = rf"(?:《([^《》]{{1,80}})》|({names}))(?:[（(][^（）()]{{0,20}}[）)])?((?:\s*[、，,和及与或者以]{{0,2}}\s*{articles}{clause})+)"
-    found = []
     for match in re.finditer(pattern, text):
         law = (match[1] or match[2]).strip().removeprefix("中华人民共和国")
         for n, article in enumerate(re.finditer(ARTICLE, match[3])):
             number = "-".join(str(read_number(part)) for part in article.groups() if part)
             status = "unknown" if law not in laws else "real" if number in laws[law] else "missing"
-            found.append((match.start(3) + article.start() if n else match.start(), match.start(3) + article.end(), f"{law} {number}", status))
-    return found
+            yield match.start(3) + article.start() if n else match.start(), match.start(3) + article.end(), f"{law} {number}", status
 
 # ---- 2. One model against the other ----
 
@@ -63,11 +60,9 @@ def bootstrap(statistic, base, tuned, seed: int, resamples: int = 10_000):
     `statistic` takes sums (…, k) over rows. The percentiles are widened as Student's t widens the normal interval, for with few rows they
     cover too little (Hesterberg 2015, "expanded percentile"). nan where one resample in twenty has nothing to score."""
     import numpy as np
-    draw, rows, differences = np.random.default_rng(seed), base.shape[-2], []
-    for start in range(0, resamples, 500):
-        times = draw.multinomial(rows, np.full(rows, 1 / rows), min(500, resamples - start)).astype(float)
-        differences.append(statistic(times @ tuned) - statistic(times @ base))
-    differences = np.concatenate(differences, -1)
+    draw, rows = np.random.default_rng(seed), base.shape[-2]
+    draws = (draw.multinomial(rows, np.full(rows, 1 / rows), 500).astype(float) for _ in range(resamples // 500))
+    differences = np.concatenate([statistic(times @ tuned) - statistic(times @ base) for times in draws], -1)
     z, free = 1.959964, max(1, rows - 1)
     t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)  # Student's quantile
     tail = statistics.NormalDist().cdf(-t * math.sqrt(rows / free))
@@ -221,11 +216,10 @@ def write_page(path: str, results: dict) -> None:
 
 def describe_run(model, adapters: list[str], args, questions: str) -> dict:
     """What the page says of where its figures come from: the models, the questions, every setting, the adapters."""
-    base = (model.get_base_model() if adapters else model).name_or_path
-    return {"subtitle": f"{Path(base).name}，{Path(questions).name}，{time.strftime('%Y-%m-%d')}",
-            "adapters": adapters,
-            "settings": {"基础模型": base, "LoRA": "、".join(adapters), "题目": questions, "系统提示词": args.system, **generation_options(args),
-                         **{f"训练 {name}": value for adapter in adapters[:1] for name, value in run_record(adapter).get("args", {}).items()}}}
+    return {"subtitle": f"{Path(model.name_or_path).name}，{Path(questions).name}，{time.strftime('%Y-%m-%d')}",
+            "adapters": adapters, "settings": {
+                "基础模型": model.name_or_path, "LoRA": "、".join(adapters), "题目": questions, "系统提示词": args.system, **generation_options(args),
+                **{f"训练 {name}": value for adapter in adapters[:1] for name, value in run_record(adapter).get("args", {}).items()}}}
 
 def main() -> None:
     parser = make_inference_parser(__doc__)
@@ -236,18 +230,16 @@ def main() -> None:
     add("--json", help="全部数字和回答写到这个 JSON 文件")
     args = parse_args(parser)
     for path in filter(None, (args.json, args.report)):
+        if Path(path).resolve() == Path(args.test_file).resolve():
+            fail(2, f"{path} 就是问题文件，会盖掉它。换一个名字")
         open(path, "a", encoding="utf-8").close()  # what cannot be written shows now, not after the answers
-    if not args.prompt and Path(args.test_file).suffix.lower() in SUFFIXES:
-        rows = [row for row in load_rows(args.test_file)[0] if "messages" in row] or fail(3, f"{args.test_file} 里没有问题和回答两列")
-    else:
-        rows = [{"messages": talk} for talk in ([conversation(args.prompt)] if args.prompt else read_questions(args.test_file))]
+    rows = [{"messages": talk} for talk in ([conversation(args.prompt)] if args.prompt else read_questions(args.test_file, answers=True))]
     adapters = [find_adapter(path) for path in args.lora_weights or [None]]
     systems = [run_record(adapter).get("args", {}).get("system") or "" for adapter in adapters]
     if args.system is None and len(set(systems)) > 1:
         say(f"警告：这些 LoRA 训练时的系统提示词不同，这里都用第一个的：{visible(systems[0]) or '（没有）'}。要换就写 --system")
     args.system = systems[0] if args.system is None else args.system
-    model, tokenizer = load_model(args.base_model, adapters[0], args.device, force=args.force, quantization=args.quantization,
-                                  trust_remote_code=args.trust_remote_code)
+    model, tokenizer = load_model(args.base_model, adapters[0], args.device, False, args.force, args.quantization, args.trust_remote_code)
     for n, adapter in enumerate(adapters[1:], 2):
         model = load_adapter(model, tokenizer, adapter, f"adapter{n}", args.force)
         if args.base_model is None and len({Path(config.base_model_name_or_path).resolve() for config in model.peft_config.values()}) > 1:
@@ -258,7 +250,7 @@ def main() -> None:
     from tqdm import tqdm
     talks, answers = [conversation(row["messages"], args.system) for row in rows], []
     asked = [talk[:-1] if talk[-1]["role"] == "assistant" else talk for talk in talks]
-    with tqdm(total=len(rows) * (1 + len(adapters)), desc="回答", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(rows) * (1 + len(adapters)), desc="回答", disable=None) as bar:
         for name in [None, *model.peft_config]:
             model.set_adapter(name or "default")
             if name == [*model.peft_config][-1] and can_fold(model):
@@ -267,9 +259,8 @@ def main() -> None:
                 answers.append(generate(model, tokenizer, asked, **generation_options(args), progress=lambda n: bar.update(len(answers) * len(rows) + n - bar.n)))
                 if bar.disable:  # a log shows no bar, and minutes without a word look like a hang
                     say(f"{'微调' if name else '原始'}模型答完了 {len(rows)} 个问题")
-                if asked != talks:
-                    for answer, talk in zip(answers[-1], talks):
-                        answer["nll"], answer["nll_tokens"] = answer_loss(model, tokenizer, talk)
+                for answer, talk in zip(answers[-1], talks if all(talk[-1]["role"] == "assistant" for talk in talks) else ()):
+                    answer["nll"], answer["nll_tokens"] = answer_loss(model, tokenizer, talk)
 
     # ---- Side by side; "微调回答长度: N" is what people grep for ----
     heads = [("原始", ""), *(("微调", "（" + "/".join(Path(adapter).parts[-2:]).removesuffix("/final_model") + "）" if len(adapters) > 1 else "") for adapter in adapters)]

@@ -93,7 +93,7 @@ def mentioned(text: str, phrases) -> set[str]:
 def answer_loss(model, tokenizer, messages: list[dict]) -> tuple[float, int]:
     """(negative log-likelihood, tokens) of the last answer with its end token. One at a time: the logits of a batch may outweigh the model."""
     import torch
-    ids, labels = encode(tokenizer, messages, getattr(model.config, "max_position_embeddings", None))
+    ids, labels = encode(tokenizer, messages, getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
     start = max(k for k, label in enumerate(labels) if label == -100) + 1
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=len(ids) - start + 1).logits[0, :-1]
@@ -157,7 +157,7 @@ def collect(rows: list[dict], models: list[list[dict]], names: list[str], seed: 
             metrics.append({"key": key, "title": METRICS[key][1], "better": METRICS[key][2], "scores": scores, "versus": pairs})
             by_row[key] = row_scores
     described = [{"question": row["messages"][-1 if reference is None else -2]["content"], "reference": reference, "answers": [
-        {**own[i], "citations": find_citations(own[i]["text"], laws), "scores": {key: by_row[key][i][m] for key in by_row}} for m, own in enumerate(models)]}
+        {**own[i], "citations": [*find_citations(own[i]["text"], laws)], "scores": {key: by_row[key][i][m] for key in by_row}} for m, own in enumerate(models)]}
         for i, (row, reference) in enumerate(zip(rows, references))]
     tables = [(f"分类：{name}", count_classes(references, [answer["label"] for answer in own], labels)) for name, own in zip(names, models) if labels]
     invented = [Counter(cited for row in described for _, _, cited, status in row["answers"][m]["citations"] if status != "real") for m in range(len(names))]
@@ -195,9 +195,9 @@ def main() -> None:
     args = parse_args(parser)
     if len(args.lora_weights or []) > 1:
         fail(2, "一次评估一个 LoRA；几个一起比：python compare_models.py --lora_weights A --lora_weights B --test_file 测试表.csv")
-    log_path = Path(args.output).with_suffix(".jsonl")
-    if Path(args.output).suffix != ".csv" or Path(args.test_data).resolve() in (Path(args.output).resolve(), log_path.resolve()):
-        fail(2, f"--output 应是一个 .csv 文件，它和旁边的 {log_path.name} 都不能是测试数据。换一个名字，例如 --output evaluation_results.csv")
+    log_path, results_path = Path(args.output).with_suffix(".jsonl"), Path(args.output).with_name("eval_results.json")
+    if Path(args.output).suffix != ".csv" or Path(args.test_data).resolve() in [Path(p).resolve() for p in (args.output, log_path, results_path, args.report or args.output)]:
+        fail(2, f"--output 应是一个 .csv 文件，它、旁边的 {log_path.name} 和 {results_path.name}、--report 都不能是测试数据。换一个名字，例如 --output evaluation_results.csv")
     if Path(args.test_data).is_dir():  # of a folder that is split, the loader takes the part to learn
         fail(2, f"--test_data {args.test_data} 是目录。写明里面的测试文件，例如 --test_data {args.test_data}/test.jsonl")
     if args.report:
@@ -230,29 +230,28 @@ def main() -> None:
     talks = [conversation(row["messages"], args.system) for row in rows + probe]
     for talk in talks[len(rows):]:  # 巴黎|Paris: either will do; the likelihood is that of the first
         talk[-1] = {"role": "assistant", "content": talk[-1]["content"].split("|")[0]}
-    batches = []
-    for part in (range(len(rows)), range(len(rows), len(talks))):
-        longest_first = sorted(part, key=lambda i: -len(encode(tokenizer, talks[i][:-1])[0]))
-        batches += [longest_first[k:k + args.answer_batch_size] for k in range(0, len(part), args.answer_batch_size)]
-    job = {"基础模型": fingerprint((model.get_base_model() if adapter else model).name_or_path), "题目": sha256(json.dumps(talks)), "指标": sorted(groups),
+    parts = [sorted(part, key=lambda i: -len(encode(tokenizer, talks[i][:-1])[0])) for part in (range(len(rows)), range(len(rows), len(talks)))]
+    batches = [part[k:k + args.answer_batch_size] for part in parts for k in range(0, len(part), args.answer_batch_size)]
+    job = {"基础模型": fingerprint(model.name_or_path), "题目": sha256(json.dumps(talks)), "指标": sorted(groups),
            "LoRA": adapter and sha256(Path(adapter, "adapter_model.safetensors").read_bytes()), "生成参数": {**generation_options(args), "answer_batch_size": 0}, "标签": [labels, args.label_scoring], "量化": args.quantization}
-    done = {}
+    former: list[dict] = []
     if args.resume and log_path.is_file():
-        former, *lines = log_path.read_text(encoding="utf-8").splitlines() or ["{}"]
-        if changed := [name for name, value in job.items() if json.loads(former if former[-1:] == "}" else "{}").get(name) != value]:
-            fail(2, f"{log_path} 是另一次评估的：{'、'.join(changed)}不同。去掉 --resume 重新做，或换一个 --output")
         with contextlib.suppress(ValueError):  # a crash may leave half a last line
-            for line in map(json.loads, lines):
-                done[line["model"], line["row"]] = line
-        say(f"接着 {log_path}：已有 {len(done)} 个回答")
+            former.extend(map(json.loads, log_path.read_text(encoding="utf-8").splitlines()))
+        if changed := [name for name, value in job.items() if not former or former[0].get(name) != value]:
+            fail(2, f"{log_path} 是另一次评估的：{'、'.join(changed)}不同。去掉 --resume 重新做，或换一个 --output")
+        say(f"接着 {log_path}：已有 {len(former) - 1} 个回答")
+    done = {(line["model"], line["row"]): line for line in former[1:]}
 
     # ---- 3. Every batch by the base, then by the tuned model ----
     from tqdm import tqdm
     names = ["原始", "微调"] if adapter else ["原始"]
     writes = groups - {"perplexity"} - (CLASSIFICATION if args.label_scoring else set())
     todo = [(m, batch) for m in range(len(names)) for batch in batches if any((m, i) not in done for i in batch)]
-    with open(log_path, "w", encoding="utf-8", buffering=1) as log, tqdm(total=sum(len(batch) for _, batch in todo), desc="评估", disable=not sys.stderr.isatty()) as bar:
-        print(*map(json.dumps, (job, *done.values())), sep="\n", file=log)
+    fresh = log_path.with_name(f".new-{log_path.name}")
+    fresh.write_text("".join(json.dumps(line) + "\n" for line in (job, *done.values())), encoding="utf-8")
+    fresh.replace(log_path)  # a crash or a full disk leaves the answers of before
+    with open(log_path, "a", encoding="utf-8", buffering=1) as log, tqdm(total=sum(len(batch) for _, batch in todo), desc="评估", disable=None) as bar:
         for m, batch in todo:
             if m == 1 and can_fold(model):
                 model.merge_adapter()  # folded into the weights, a layer is one product instead of three
@@ -287,7 +286,7 @@ def main() -> None:
         cell for answer in row["answers"] for cell in (answer["text"], *answer["scores"].values()))] for row in results["rows"])]
     with open(args.output, "w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file).writerows(map(safe_cell, line) for line in lines)
-    Path(args.output).with_name("eval_results.json").write_text(json.dumps(results, ensure_ascii=False, indent=1), encoding="utf-8")
+    results_path.write_text(json.dumps(results, ensure_ascii=False, indent=1), encoding="utf-8")
     if args.report:
         write_page(args.report, results)
     print_table(metric_table(results["metrics"], names))

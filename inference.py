@@ -55,10 +55,10 @@ def generation_options(args) -> dict:
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "answer_batch_size")
     return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
 
-def read_questions(path: str) -> list[list[dict]]:
-    """A conversation for each line of a text file but for blank ones and # comments, or for each row of a data file up to its answer."""
+def read_questions(path: str, answers: bool = False) -> list[list[dict]]:
+    """A conversation for each line of a text file but for blank ones and # comments, or for each row of a data file up to its answer, or with it."""
     if Path(path).suffix.lower() in SUFFIXES:
-        return [conversation(row["text"]) if "text" in row else row["messages"][:-1] for row in load_rows(path)[0]]
+        return [conversation(row["text"]) if "text" in row else row["messages"][:None if answers else -1] for row in load_rows(path)[0]]
     if not Path(path).is_file():
         fail(2, f"没有问题文件 {path}；它应该是文本，一行一个问题")
     lines = [line.strip() for line in decode(Path(path).read_bytes(), path)[0].splitlines()]
@@ -67,7 +67,7 @@ def read_questions(path: str) -> list[list[dict]]:
 def conversation(asked: str | list[dict], system: str | None = None) -> list[dict]:
     """The messages of a question, or those given, after the system prompt if there is one and they have none of their own."""
     messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-    return [*([{"role": "system", "content": system}] if system and messages[0]["role"] != "system" else []), *messages]
+    return [*messages] if not system or messages and messages[0]["role"] == "system" else [{"role": "system", "content": system}, *messages]
 
 # ---- 2. Loading ----
 
@@ -77,10 +77,8 @@ def find_adapter(path: str | None) -> str:
         found = [p.parent for p in Path("output").glob("*/final_model/adapter_config.json")]
         path = max(found, key=lambda p: p.stat().st_mtime, default=None) or fail(4, "output/ 里还没有训练好的模型。先训练：./train_csv.sh；只问原模型：python inference.py --use_original_model")
         say(f"使用最新的 LoRA：{path}")
-    for candidate in (Path(path), Path(path, "final_model")):
-        if (candidate / "adapter_config.json").is_file():
-            return str(candidate)
-    fail(4, f"{path} 不是 LoRA 目录（里面没有 adapter_config.json）。看看有哪些：ls -d output/*/final_model")
+    found = [str(p) for p in (Path(path), Path(path, "final_model")) if (p / "adapter_config.json").is_file()]
+    return found[0] if found else fail(4, f"{path} 不是 LoRA 目录（里面没有 adapter_config.json）。看看有哪些：ls -d output/*/final_model")
 
 def read_json_file(path: Path) -> dict:
     """What a JSON file of an adapter or a model holds; exit 4 where it is broken, {} where there is none."""
@@ -114,13 +112,12 @@ def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: b
         problems.append("权重全是零，等于没有训练过")
     if different := set(weights) ^ set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=any(".base_layer." in key for key in weights))):
         problems.append(f"权重名和模型对不上，例如 {min(different)}")
-    for file, entry in read_json_file(Path(adapter, "manifest.json")).get("files", {}).items():
-        if not Path(adapter, file).is_file() or sha256(Path(adapter, file).read_bytes()) != entry["sha256"]:
-            problems.append(f"{file} 不是训练时写的那个")
+    made = {Path(adapter, name): entry["sha256"] for name, entry in read_json_file(Path(adapter, "manifest.json")).get("files", {}).items()}
+    problems += [f"{file.name} 不是训练时写的那个" for file, digest in made.items() if not file.is_file() or sha256(file.read_bytes()) != digest]
     run, config = run_record(adapter), model.peft_config[name]
     if run:
         pairs = (("基础模型的权重", run["base_fingerprint"], fingerprint(base)), ("对话模板", run["template_sha256"], sha256(tokenizer.chat_template)),
-                 *((f"lora_{name}", run["args"][f"lora_{name}"], getattr(config, full)) for name, full in (("r", "r"), ("alpha", "lora_alpha")) if hasattr(config, full)))
+                 *((flag, run["args"][flag], getattr(config, field)) for flag, field in (("lora_r", "r"), ("lora_alpha", "lora_alpha")) if hasattr(config, field)))
         problems += [f"{what}和训练时不同（{str(then)[:12]} → {str(now)[:12]}）" for what, then, now in pairs if then != now]
     if problems and not force:
         fail(4, f"LoRA {adapter}：{'；'.join(problems)}。\n换成训练它的那个基础模型（--base_model），确定要用就加 --force")
@@ -154,10 +151,8 @@ def roomy_cache(model):
         def update(self, *states, **kwargs):
             start, end = self.get_seq_length(), self.get_seq_length() + states[0].shape[-2]
             if start == 0 or end > self.rooms[0].shape[-2]:
-                self.rooms = [x.new_empty(*x.shape[:-2], end + 256, x.shape[-1]) for x in states[:2]]
-                for room, x in zip(self.rooms, (self.keys, self.values) if start else ()):
-                    room[..., :start, :] = x
-                self.dtype, self.device, self.is_initialized = states[0].dtype, states[0].device, True
+                states, start = super().update(*states), 0  # all so far, which the library has put together: they move into the larger room
+                self.rooms = [x.new_empty(*x.shape[:-2], end + 256, x.shape[-1]) for x in states]
             for room, x in zip(self.rooms, states):
                 room[..., start:end, :] = x
             self.keys, self.values = (room[..., :end, :] for room in self.rooms)
@@ -175,24 +170,23 @@ def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: 
     import torch
     prompts = [encode(tokenizer, messages)[0] for messages in conversations]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    ends, window = end_token_ids(model, tokenizer), getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else dict.fromkeys(("temperature", "top_p", "top_k"))
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)  # PEFT puts them in front of the padding
+    ends, window = end_token_ids(model, tokenizer), (getattr(model.config, "max_position_embeddings", None) or sys.maxsize) - virtual
+    options = {**drawn, "do_sample": temperature > 0, "num_beams": 1, "use_cache": True, "repetition_penalty": repetition_penalty,
+               "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "streamer": streamer}
     size = answer_batch_size if not virtual and temperature == 0 and repetition_penalty == 1 and max(map(len, prompts), default=0) + max_new_tokens <= window else 1
     answers: list[dict] = [{} for _ in prompts]
     for start in range(0, len(order), size):
         rows = order[start:start + size]
         width = len(prompts[rows[0]])
-        if width + virtual >= window:
-            fail(2, f"问题有 {width} token，超过了模型的上限 {window - virtual}。缩短问题再试")
-        padding = [width - len(prompts[i]) for i in rows]
-        input_ids = torch.tensor([[tokenizer.pad_token_id] * n + prompts[i] for n, i in zip(padding, rows)], device=model.device)
-        attention_mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=model.device)
+        if width >= window:
+            fail(2, f"问题有 {width} token，超过了模型的上限 {window}。缩短问题再试")
+        batch = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, return_attention_mask=True, return_tensors="pt").to(model.device)
         torch.manual_seed(seed)
         began = time.perf_counter()
         with torch.inference_mode():
-            output = model.generate(input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=min(max_new_tokens, window - width - virtual), eos_token_id=ends, num_beams=1, do_sample=temperature > 0,
-                                    past_key_values=roomy_cache(model), use_cache=True, pad_token_id=tokenizer.pad_token_id, repetition_penalty=repetition_penalty, streamer=streamer, **drawn)
+            output = model.generate(**batch, **options, max_new_tokens=min(max_new_tokens, window - width), past_key_values=roomy_cache(model))
         seconds = (time.perf_counter() - began) / len(rows)
         for i, ids in zip(rows, output[:, width:].tolist()):
             end = next((k for k, token in enumerate(ids) if token in ends), None)
@@ -215,11 +209,6 @@ def clean_repeats(text: str) -> str:
 def chat(model, tokenizer, args) -> None:
     """A conversation whose answers stream; it is cut from the front when it no longer fits the model."""
     from transformers import TextStreamer
-    class Printer(TextStreamer):
-        said = ""
-        def on_finalized_text(self, text, stream_end=False):
-            self.said += text
-            print(visible(text), end="\n" if stream_end else "", flush=True)
     window = max((most := getattr(model.config, "max_position_embeddings", None) or 4096) // 2, most - args.max_new_tokens)
     system, turns = args.system, []
     sys.stdin.reconfigure(errors="replace")  # half a character must not end the chat
@@ -230,8 +219,7 @@ def chat(model, tokenizer, args) -> None:
             line = input("\n你：" if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
             return print()
-        command, _, rest = line.partition(" ")
-        rest, head = rest.strip(), [{"role": "system", "content": system}] if system else []
+        command, rest = [*line.split(maxsplit=1), "", ""][:2]
         if line in ("/exit", "exit", "quit", "退出"):
             return
         if command == "/help":
@@ -244,22 +232,24 @@ def chat(model, tokenizer, args) -> None:
             print(f"已清空对话。系统提示词：{system or '无'}")
         elif command == "/save":
             try:
-                Path(rest).write_text(json.dumps(head + turns, ensure_ascii=False, indent=1), encoding="utf-8")
-                print(f"已保存 {len(head + turns)} 条消息到 {rest}")
+                Path(rest).write_text(json.dumps(conversation(turns, system), ensure_ascii=False, indent=1), encoding="utf-8")
+                print(f"已保存 {len(conversation(turns, system))} 条消息到 {rest}")
             except OSError as error:
                 print(f"不能写 {rest or '（没有写文件名）'}：{error.strerror}")
         elif command.startswith("/"):
             print(f"没有 {command} 这个命令，/help 看全部。")
         elif line:
             turns += [{"role": "user", "content": line}]
-            while len(turns) > 1 and len(encode(tokenizer, head + turns)[0]) > window:
+            while len(turns) > 1 and len(encode(tokenizer, conversation(turns, system))[0]) > window:
                 turns = turns[2:]
-            printer = Printer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            said, printer = [], TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            printer.on_finalized_text = lambda text, stream_end=False, said=said: (
+                said.append(text), print(visible(text), end="\n" * stream_end, flush=True))
             try:
-                answer = generate(model, tokenizer, [head + turns], streamer=printer, **generation_options(args))[0]["text"]
+                answer = generate(model, tokenizer, [conversation(turns, system)], streamer=printer, **generation_options(args))[0]["text"]
             except (KeyboardInterrupt, SystemExit):  # a question that is too long has been told so
                 print("（已停下）")
-                answer = printer.said.strip()
+                answer = "".join(said).strip()
             turns = turns + [{"role": "assistant", "content": answer}] if answer else turns[:-1]
 
 def main() -> None:

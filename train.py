@@ -19,6 +19,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import unicodedata
 from pathlib import Path
@@ -97,13 +98,6 @@ def preview(tokenizer, input_ids: list[int], labels: list[int]) -> str:
 
 # ---- The model's side of a step ----
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, row_lengths=None, **kwargs):
-    """Causal attention inside each row of a pack, (1, heads, tokens, head_dim) → (1, tokens, heads, head_dim): a call per row needs no mask."""
-    import torch
-    options = {"dropout_p": dropout, "is_causal": True, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    rows = zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)))
-    return torch.cat([torch.nn.functional.scaled_dot_product_attention(*row, **options) for row in rows], dim=2).transpose(1, 2), None
-
 def step_rows(n_rows: int, rows_per_step: int, seed: int, step: int) -> list[int]:
     """Indices of the rows of optimizer step `step`, a function of (seed, step): every row once per epoch, the last step takes what is left."""
     import torch
@@ -138,14 +132,14 @@ def fast_lora(layer, x):
 def chunked_loss(hidden, weight, targets, chunk: int = 256):
     """Sum of cross-entropies of (n, width) `hidden` states under a (vocabulary, width) output head, n `targets`. The gradient is made in the forward
     pass, `chunk` rows at a time: for 1,000 labels of Llama-3.2 (128,256 tokens, fp32) whole logits are 0.5 GB, and their gradient as much again."""
-    import torch
-    total, gradients = torch.zeros((), device=hidden.device), []
-    for rows, labels in zip(hidden.detach().split(chunk), targets[:, None].split(chunk)):
-        log_p = (rows @ weight.T).float().log_softmax(1)
+    total = 0.0
+    for rows, labels in zip(hidden.split(chunk), targets[:, None].split(chunk)):
+        log_p = (rows.detach() @ weight.T).float().log_softmax(1)
         total -= log_p.gather(1, labels).sum()
         if hidden.requires_grad:
-            gradients.append(log_p.exp_().scatter_add_(1, labels, -torch.ones_like(labels, dtype=torch.float)).to(weight.dtype) @ weight)
-    return total + ((hidden - hidden.detach()) * torch.cat(gradients)).sum() if gradients else total  # adds zero, with the gradient made above
+            gradient = log_p.exp_().scatter_add_(1, labels, labels.float().fill_(-1)).to(weight.dtype) @ weight
+            total += ((rows - rows.detach()) * gradient).sum()  # adds zero, with the gradient made above
+    return total
 
 def loss_sum(model, rows: list, packed: bool, neftune_alpha: float = 0.0, teach=None):
     """(sum of the label tokens' losses, sum of their distances to a teacher or 0) of `rows`, a list of (input_ids, labels, where): of one, or, if `packed`,
@@ -163,8 +157,7 @@ def loss_sum(model, rows: list, packed: bool, neftune_alpha: float = 0.0, teach=
         logits = model(**inputs, use_cache=False).logits[0, -len(targets):][keep]  # virtual tokens stand before them
         return torch.nn.functional.cross_entropy(logits.float(), targets[keep], reduction="sum"), logits.new_zeros(())
     extra = {"position_ids": torch.tensor([[k for n in lengths for k in range(n)]], device=model.device), "row_lengths": lengths, "use_cache": False}
-    causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    hidden, head = causal.base_model(**inputs, **extra).last_hidden_state[0, keep], causal.get_output_embeddings().weight
+    hidden, head = model.get_decoder()(**inputs, **extra).last_hidden_state[0, keep], model.get_output_embeddings().weight
     loss = chunked_loss(hidden, head, targets[keep])
     return loss, teach(hidden, head, keep, input_ids=input_ids, **extra) if teach else loss.new_zeros(())
 
@@ -172,6 +165,10 @@ def can_pack(model, rows: list) -> bool:
     """Whether packed rows give this model the loss that they give apart (some architectures would mix them up); turns packing on if so."""
     import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, row_lengths=None, **kwargs):
+        """Causal attention inside each row of a pack, (1, heads, tokens, head_dim) → (1, tokens, heads, head_dim): a call per row needs no mask."""
+        parts = zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)))
+        return torch.cat([ALL_ATTENTION_FUNCTIONS["sdpa"](module, *part, None, dropout, scaling, is_causal=True)[0] for part in parts], dim=1), None
     ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
     probe = [(ids[:32 - 8 * n], ids[:32 - 8 * n], "") for n, (ids, _, _) in enumerate(rows[:2])]
     usual, head, config = model.config._attn_implementation, model.get_output_embeddings(), model.config.get_text_config()
@@ -218,17 +215,14 @@ def discard(folder: Path) -> None:
 def staged(folder: Path):
     """Make `folder` in one stroke: what the caller writes into the folder given to it gets a manifest, is forced to the disk and renamed.
     A crash at any moment leaves a whole folder or none, and `.tmp-` folders that the next start removes."""
-    staging = folder.with_name(f".tmp-{folder.name}")
-    staging.mkdir(parents=True)
-    try:
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent, ignore_cleanup_errors=True) as temporary:  # a full disk needs the room
+        (staging := Path(temporary, folder.name)).mkdir()
         yield staging
         (staging / "manifest.json").write_text(json.dumps(describe(staging)), encoding="utf-8")
         synchronize(*staging.iterdir(), staging)
         discard(folder)
         os.rename(staging, folder)
         synchronize(folder.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the room
 
 def damage(folder: Path) -> str:
     """What is wrong with a checkpoint, in a few words, or "" for one whose every byte is as it was written."""
@@ -433,18 +427,14 @@ def main() -> None:
             os.write(2, b"" if rank else f"\n收到停止信号：做完这一步就保存并退出{'（再按一次立即退出）' * (world == 1)}\n".encode())
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-    bar, began, tokens, seconds, all_tokens, skipped = tqdm(total=total_steps, initial=start_step), time.perf_counter(), 0, 0.0, 0, 0
-    model.train()
+    began, tokens, seconds, all_tokens, skipped = time.perf_counter(), 0, 0.0, 0, 0
 
-    for step in range(start_step, total_steps + 1):
-        fresh = step > start_step or not resume  # what a checkpoint already holds is not done again
-
-        # once in a while: evaluate, as the mean over all label tokens
-        if val_data and fresh and (step % (args.eval_every or steps_per_epoch) == 0 or step == total_steps):
+    for step in (bar := tqdm(range(start_step, total_steps + 1), total=total_steps, initial=start_step)):
+        # once in a while: evaluate, as the mean over all label tokens; what a checkpoint holds already is not done again
+        if val_data and (step > start_step or not resume) and (step % (args.eval_every or steps_per_epoch) == 0 or step == total_steps):
             model.eval()
             with torch.inference_mode(), amp:
                 total_loss = sum(loss_sum(model, batch, packed)[0].item() for batch in micro_batches(val_data[rank::world], budget, packed))
-            model.train()
             val_loss = sum_over_processes(torch.tensor([total_loss], dtype=torch.float64))[0] / sum(t != -100 for _, labels, _ in val_data for t in labels[1:])
             is_best = val_loss < best or best_step == 0 < step and math.isfinite(val_loss)  # of the trained ones, even if none beats the base
             best, best_step, bad_evals = (val_loss, step, 0) if is_best else (best, best_step, bad_evals + 1)
@@ -454,7 +444,7 @@ def main() -> None:
         last = (stopped := sum_over_processes(torch.tensor([len(signals)]))[0] > 0) or step == total_steps or 0 < args.early_stopping_patience <= bad_evals
 
         # once in a while: save, then delete what is neither recent nor the best
-        due = step > 0 and fresh and (best_step == step or last or (args.save_every >= 0 and step % (args.save_every or steps_per_epoch) == 0))
+        due = step > start_step and (best_step == step or last or (args.save_every >= 0 and step % (args.save_every or steps_per_epoch) == 0))
         if rank == 0 and (due or step == start_step) and (free := shutil.disk_usage(folder).free) < (need := 13 * trainable):  # the adapter and two moments, fp32
             fail(6, f"磁盘满了：存一个 checkpoint 要 {need / 1e6:.1f} MB，{folder} 那里还剩 {free / 1e6:.1f} MB。已有的 checkpoint 完好；腾出空间后加 --resume_from_checkpoint auto 接着训练")
         if due and rank == 0:
@@ -481,6 +471,7 @@ def main() -> None:
         batch_rows = [train_data[i] for i in step_rows(len(train_data), rows_per_step, args.seed, step)]
         label_tokens, sums = sum(t != -100 for _, labels, _ in batch_rows for t in labels[1:]), [0.0, 0.0, 0.0]  # of the loss, and of its two parts
         since = time.perf_counter()
+        model.train()
         torch.manual_seed(args.seed * 1_000_003 + step + (rank << 22))  # a CPU takes the lower 32 bits
         for p in parameters:
             p.grad = scaler.scale(torch.zeros_like(p))  # a process may get none of a short step's rows
@@ -514,7 +505,6 @@ def main() -> None:
         recent = torch.tensor([m["loss"] for m in history[-160:] if "loss" in m][-128:])
         if len(recent) >= 32 and (z := ((step_loss - recent.mean()) / (recent.std() * args.logging_steps ** 0.5 + 1e-6)).item()) > 6:
             say(f"警告：第 {step + 1} 步的损失 {step_loss:.3f} 比前面 {len(recent)} 步高 {z:.1f} 个标准差：{'、'.join(where for _, _, where in batch_rows)}")
-        bar.update()
         losses.append(step_loss)
         tokens, seconds = tokens + sum(len(ids) for ids, _, _ in batch_rows), seconds + time.perf_counter() - since
         if (step + 1) % args.logging_steps == 0 or step + 1 == total_steps:
@@ -525,7 +515,6 @@ def main() -> None:
             record(step + 1, metrics, f"{metrics} 第 {step + 1}/{total_steps} 步，还要 {tqdm.format_interval(seconds / len(losses) * (total_steps - step - 1))}")
             losses, tokens, seconds, all_tokens = [], 0, 0.0, all_tokens + tokens
 
-    bar.close()
     if stopped or rank:
         say(f"已保存到 {folder}/checkpoint-{step}。继续：{'python' if world == 1 else 'torchrun …'} train.py --output_dir {folder} --resume_from_checkpoint auto" if step else "还没有做完一步，什么也没有存。重新运行同样的命令")
         sys.exit(128 + (signals or [signal.SIGTERM])[0] if stopped else 0)

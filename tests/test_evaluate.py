@@ -362,6 +362,10 @@ def test_the_test_data_are_never_overwritten(tiny, data, tmp_path, capsys):
     for output in ("客服.csv", "results.jsonl"):
         call("evaluate_model.py", "--base_model", tiny, "--use_original_model", "--test_data", table, "--output", tmp_path / output, code=2)
         assert "--output" in capsys.readouterr().err
+    call("evaluate_model.py", "--base_model", tiny, "--use_original_model", "--test_data", table, "--report", table, code=2)
+    for flag in ("--json", "--report"):
+        call("compare_models.py", "--test_file", table, flag, table, code=2)
+        assert "盖掉" in capsys.readouterr().err
     assert table.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["客服.jsonl"]
 
 
