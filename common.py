@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import json
+import logging
 import math
 import os
 import random
@@ -89,6 +90,14 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     add("--help", "-h", action="help", help="显示这份说明")
     add("--config", metavar="FILE", help="YAML 或 JSON 配置文件；命令行上写的参数优先")
     return parser
+
+def add_loading_flags(add) -> None:
+    """The flags of `pick_device`, `pick_quantization` and `load_base`; `add` is the add_argument of a parser's group."""
+    add("--device", default="auto", help="auto、cuda、mps 或 cpu")
+    add("--quantization", choices=("auto", "none", "4bit", "8bit"), default="none", help="量化加载基础模型：none、4bit、8bit，auto = 显存放不下才用 4bit")
+    add("--use_4bit", "--use_quantization", "--load_in_4bit", dest="quantization", action="store_const", const="4bit", help="即 --quantization 4bit")
+    add("--use_8bit", "--load_in_8bit", dest="quantization", action="store_const", const="8bit", help="即 --quantization 8bit")
+    add("--trust_remote_code", action="store_true", help="允许运行模型目录里的代码（危险）")
 
 def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse what was typed, hyphens and underscores alike, with the entries of a --config file as flags before the typed ones: argparse checks them
@@ -384,6 +393,21 @@ def pick_device(name: str = "auto", dtype: str = "auto") -> tuple:
         say(f"{device.upper()} 上改用 float32：{dtype} 在这里更慢或会溢出")
     return device, torch.float32
 
+def pick_quantization(name: str, path: str, device: str) -> str:
+    """`name`, or for "auto" what fits: 4bit where the weights in `path`, two bytes each, would take over 70 % of a card's free memory, for
+    activations and optimizer need room as well; else none."""
+    if device == "mps" and name in ("4bit", "8bit"):
+        say("警告：MPS 上的量化又新又慢，不量化装得下就不要用")
+    if name != "auto" or not device.startswith("cuda"):
+        return name.replace("auto", "none")
+    import torch
+    from safetensors import safe_open
+    files = [safe_open(file, "pt") for file in Path(path).glob("*.safetensors")]
+    need = 2 * sum(math.prod(file.get_slice(key).get_shape()) for file in files for key in file.keys())  # noqa: SIM118 - it is no dict
+    free = torch.cuda.mem_get_info(device)[0]
+    say(f"基础模型的半精度权重要 {need / 1e9:.1f} GB，显存空闲 {free / 1e9:.1f} GB：{'用 4bit' if need > 0.7 * free else '不量化'}")
+    return "4bit" if need > 0.7 * free else "none"
+
 def find_model(path: str | None) -> str:
     """`path` if it is a model directory, or the folder of ORG/NAME in the local Hugging Face cache; else exit 4. None is the default model,
     or the demo model where only that has been downloaded."""
@@ -437,6 +461,10 @@ def sha256(data: str | bytes) -> str:
     """Hex digest of a text or of bytes."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
+def question_digest(question: str) -> str:
+    """What tells a question that was trained on: 64 bits of its sha256, whatever its blanks and the widths of its letters."""
+    return sha256("".join(unicodedata.normalize("NFKC", question).split()))[:16]
+
 def fingerprint(path: str) -> str:
     """sha256 over the name, the size and 64 sampled blocks of each weight file in `path`: a moment for 6 GB, not minutes."""
     import numpy
@@ -450,6 +478,7 @@ def run_script(main) -> None:
     """Call `main`; Ctrl-C, a closed pipe, a full disk or memory end in a sentence and an exit code, not in a traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 gets escapes, not a crash
     warnings.simplefilter("ignore")  # the libraries' talk among themselves
+    logging.getLogger("bitsandbytes").setLevel("ERROR")
     os.environ |= {} if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0" else {"TQDM_DISABLE": "1"}  # bars would fill a log with carriage returns
     try:
         main()

@@ -18,7 +18,7 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
-from common import encode, fail, fingerprint, load_rows, number, parse_args, read_table, run_script, say, sha256, visible
+from common import encode, fail, fingerprint, load_rows, number, parse_args, question_digest, read_table, run_script, say, sha256, visible
 from compare_models import describe_run, find_citations, metric_table, print_table, versus, write_page
 from inference import can_fold, conversation, find_adapter, generate, generation_options, load_model, make_inference_parser, run_record
 
@@ -216,7 +216,7 @@ def main() -> None:
     trained = set(run.get("row_sha256", ()))
     if adapter and "row_sha256" not in run:
         warnings.append("训练记录 run.json 里没有训练行的指纹 row_sha256，没法查测试题是不是训练过")
-    if seen := [row["where"] for row in rows if sha256("".join(unicodedata.normalize("NFKC", row["messages"][-2]["content"]).split()))[:16] in trained]:
+    if seen := [row["where"] for row in rows if question_digest(row["messages"][-2]["content"]) in trained]:
         warnings.append(f"{len(rows)} 道测试题里有 {len(seen)} 道训练过，分数不能当真：{'、'.join(seen[:5])}{' 等' if seen[5:] else ''}")
         if args.strict:
             fail(2, f"{warnings[-1]}。换一份测试表，或从训练数据里去掉这些行再训练；去掉 --strict 就只警告")

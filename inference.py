@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from common import (SUFFIXES, decode, encode, end_token_ids, fail, find_model, fingerprint, load_base, load_rows, load_tokenizer, make_parser, number, parse_args,
-                    pick_device, run_script, say, sha256, visible)
+from common import (SUFFIXES, add_loading_flags, decode, encode, end_token_ids, fail, find_model, fingerprint, load_base, load_rows, load_tokenizer, make_parser, number, parse_args,
+                    pick_device, pick_quantization, run_script, say, sha256, visible)
 
 HELP = """/help           显示这些命令
 /reset          忘掉前面的对话
@@ -34,11 +34,7 @@ def make_inference_parser(doc: str) -> argparse.ArgumentParser:
     add("--lora_weights", "--lora_model_path", "--lora_model", action="append", help="LoRA 目录；默认 output/ 里最新的")
     add("--base_model", "--model_name", "--model_name_or_path", help="基础模型目录；默认用训练时的那个")
     add("--force", action="store_true", help="LoRA 和基础模型对不上也继续")
-    add("--device", default="auto", help="auto、cuda、mps 或 cpu")
-    add("--quantization", choices=("none", "4bit", "8bit"), default="none", help="量化加载基础模型：none、4bit、8bit")
-    add("--use_4bit", "--use_quantization", "--load_in_4bit", dest="quantization", action="store_const", const="4bit", help="即 --quantization 4bit")
-    add("--use_8bit", "--load_in_8bit", dest="quantization", action="store_const", const="8bit", help="即 --quantization 8bit")
-    add("--trust_remote_code", action="store_true", help="允许运行模型目录里的代码（危险）")
+    add_loading_flags(add)
     add = parser.add_argument_group("生成").add_argument
     add("--system", help="系统提示词；默认用训练时的，写 \"\" 就不用")
     add("--max_new_tokens", type=number(int, 1), default=512, help="回答最多多少 token")
@@ -83,13 +79,14 @@ def find_adapter(path: str | None) -> str:
 def read_json_file(path: Path) -> dict:
     """What a JSON file of an adapter or a model holds; exit 4 where it is broken, {} where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
         fail(4, f"{path} 损坏了，读不出来：{error}。换一个 LoRA（ls -d output/*/final_model），模型就重新下载")
 
 def run_record(adapter: str | None) -> dict:
     """The run.json of the run that made `adapter`; {} for an adapter from elsewhere."""
-    return read_json_file(Path(adapter, "..", "run.json").resolve()) if adapter else {}
+    record = read_json_file(Path(adapter, "..", "run.json").resolve()) if adapter else {}
+    return record if {"args", "base_fingerprint", "template_sha256"} <= set(record) else {}  # other tools have files of this name
 
 def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: bool = False):
     """`model` with the LoRA in `adapter` put on; exit 4 where they do not belong together (`force`: a warning). PEFT itself loads an adapter
@@ -117,7 +114,7 @@ def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: b
     run, config = run_record(adapter), model.peft_config[name]
     if run:
         pairs = (("基础模型的权重", run["base_fingerprint"], fingerprint(base)), ("对话模板", run["template_sha256"], sha256(tokenizer.chat_template)),
-                 *((flag, run["args"][flag], getattr(config, field)) for flag, field in (("lora_r", "r"), ("lora_alpha", "lora_alpha")) if hasattr(config, field)))
+                 *((flag, run["args"][flag], getattr(config, field)) for flag, field in (("lora_r", "r"), ("lora_alpha", "lora_alpha")) if hasattr(config, field) and (run["args"].get("init_lora_weights") or run["args"].get("peft_method", ""))[:5] not in ("pissa", "olora")))
         problems += [f"{what}和训练时不同（{str(then)[:12]} → {str(now)[:12]}）" for what, then, now in pairs if then != now]
     if problems and not force:
         fail(4, f"LoRA {adapter}：{'；'.join(problems)}。\n换成训练它的那个基础模型（--base_model），确定要用就加 --force")
@@ -137,7 +134,8 @@ def load_model(base_model: str | None = None, lora_weights: str | None = None, d
     `base_model` it is the one that the adapter was trained on, or the default model, or the demo model."""
     base = find_model(base_model or (read_json_file(Path(lora_weights, "adapter_config.json")).get("base_model_name_or_path") if lora_weights else None))
     tokenizer = load_tokenizer(lora_weights if lora_weights and Path(lora_weights, "tokenizer_config.json").is_file() else base, trust_remote_code)
-    model = load_base(base, *pick_device(device), quantization, trust_remote_code)
+    device, dtype = pick_device(device)
+    model = load_base(base, device, dtype, pick_quantization(quantization, base, device), trust_remote_code)
     model = load_adapter(model, tokenizer, lora_weights, force=force) if lora_weights else model
     return model.merge_and_unload() if merge and lora_weights and can_fold(model) else model, tokenizer
 

@@ -21,12 +21,12 @@ import signal
 import sys
 import tempfile
 import time
-import unicodedata
 from pathlib import Path
 
-from common import (TEMPLATE_DATE, encode, end_token_ids, fail, find_model, fingerprint, load_base, load_rows, load_tokenizer, make_parser,
-                    number, parse_args, pick_device, run_script, say, sha256, text_ids, visible)
+from common import (TEMPLATE_DATE, add_loading_flags, encode, end_token_ids, fail, find_model, fingerprint, load_base, load_rows, load_tokenizer, make_parser,
+                    number, parse_args, pick_device, pick_quantization, question_digest, run_script, say, sha256, text_ids, visible)
 
+LORA, LORA_ONLY, INITS = ("lora", "rslora", "dora", "pissa"), ("lora_plus_ratio", "init_lora_weights"), ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16")
 MAY_CHANGE_ON_RESUME = {"num_epochs", "max_steps", "eval_every", "save_every", "save_total_limit", "logging_steps", "report_to", "early_stopping_patience", "device", "trust_remote_code", "gradient_checkpointing"}
 
 def arguments(saved: dict | None = None) -> argparse.Namespace:
@@ -45,12 +45,8 @@ def arguments(saved: dict | None = None) -> argparse.Namespace:
     add("--max_length", "--max_seq_length", type=number(int, 16), default=512, help="每行最多多少 token，超过的先截问题")
     add("--system", help="系统提示词，每行都加上")
     add("--output_dir", help="输出目录；默认 output/llama-lora-日期_时间")
-    add("--device", default="auto", help="auto、cuda、mps 或 cpu")
+    add_loading_flags(add)
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="基础权重精度；CPU/MPS 只用 float32")
-    add("--quantization", choices=("none", "4bit", "8bit"), default="none", help="量化加载基础模型：none、4bit、8bit")
-    add("--use_4bit", "--use_quantization", "--load_in_4bit", dest="quantization", action="store_const", const="4bit", help="即 --quantization 4bit")
-    add("--use_8bit", "--load_in_8bit", dest="quantization", action="store_const", const="8bit", help="即 --quantization 8bit")
-    add("--trust_remote_code", action="store_true", help="允许运行模型目录里的代码（危险）")
     add = parser.add_argument_group("训练和 LoRA").add_argument
     add("--num_epochs", "--num_train_epochs", "--epochs", type=number(float, 0, above=True), default=3, help="训练轮数")
     add("--max_steps", type=number(int, 0), default=0, help="最多多少优化步（0 = 由轮数决定）")
@@ -63,11 +59,15 @@ def arguments(saved: dict | None = None) -> argparse.Namespace:
     add("--max_grad_norm", type=number(float, 0), default=1.0, help="梯度裁剪（0 = 不裁）")
     add("--neftune_alpha", type=number(float, 0), default=0.0, help="NEFTune 嵌入噪声（0 = 不用，常用 5）")
     add("--seed", type=number(int, 0, 2**31), default=42, help="随机种子")
-    add("--peft_method", choices=("lora", "rslora", "dora", "ia3", "ptuning", "prefix", "prompt"), default="lora", help="微调方法；各是什么，看 README")
+    add("--peft_method", choices=(*LORA, "ia3", "ptuning", "prefix", "prompt"), default="lora", help="微调方法；各是什么，看 README")
     add("--lora_r", "--lora_rank", type=number(int, 1), default=32, help="LoRA 秩")
     add("--lora_alpha", type=number(float, 0, above=True), default=64, help="LoRA 缩放，通常是秩的 2 倍")
     add("--lora_dropout", type=number(float, 0, 0.99), default=0.1, help="LoRA dropout（0 = 不用，CPU 上更快）")
+    add("--lora_plus_ratio", type=number(float, 1, 1000), default=1.0, help="LoRA+：B 的学习率是 A 的几倍（1 = 一样，常用 16）")
+    add("--init_lora_weights", choices=INITS, help="LoRA 的初值；olora、pissa 取自基础权重，保存时换成普通的 LoRA，秩加倍")
     add("--target_modules", nargs="+", help="加 LoRA 的层名或一个正则；默认全部注意力和 FFN 投影")
+    add("--layers_to_transform", nargs="+", type=number(int, 0), help="只加在这几层，从 0 数起；默认每层")
+    add("--modules_to_save", nargs="+", help="另外整个训练、整个保存的层，例如 lm_head")
     add("--num_virtual_tokens", type=number(int, 1), default=20, help="ptuning、prefix、prompt 学几个虚拟 token")
     add("--prompt_encoder_hidden", type=number(int, 1), default=512, help="ptuning、prefix 的编码器多宽")
     add("--optim", choices=("auto", "adamw_torch", "paged_adamw_8bit"), default="auto", help="优化器；auto 按设备选")
@@ -90,12 +90,6 @@ def arguments(saved: dict | None = None) -> argparse.Namespace:
     parser.set_defaults(**{**(saved or {}), "trust_remote_code": False, "config": None})  # a checkpoint may come from anywhere, and has read its file
     return parse_args(parser)
 
-def preview(tokenizer, input_ids: list[int], labels: list[int]) -> str:
-    """The row as the model sees it: what is learned in green (off a terminal: between 【 】), the rest grey."""
-    learned, rest = ("\x1b[32m{}\x1b[0m", "\x1b[2m{}\x1b[0m") if sys.stderr.isatty() else ("【{}】", "{}")
-    spans = itertools.groupby(zip(input_ids, labels), key=lambda pair: pair[1] != -100)
-    return "".join((learned if is_label else rest).format(visible(tokenizer.decode([i for i, _ in span]))) for is_label, span in spans)
-
 # ---- The model's side of a step ----
 
 def step_rows(n_rows: int, rows_per_step: int, seed: int, step: int) -> list[int]:
@@ -109,9 +103,8 @@ def micro_batches(rows: list, budget: int, packed: bool) -> list[list]:
     """The rows of a step in as few packs of at most `budget` tokens as fit (longest first), or each row alone."""
     packs: list[list] = []
     for row in sorted(rows, key=lambda row: -len(row[0])):
-        pack = next((p for p in packs[-64:] if packed and sum(len(ids) for ids, _, _ in p) + len(row[0]) <= budget), None)
-        if pack is None:
-            packs.append(pack := [])
+        pack = next((p for p in packs[-64:] if packed and sum(len(ids) for ids, _, _ in p) + len(row[0]) <= budget), [])
+        packs += [] if pack else [pack]
         pack.append(row)
     return packs
 
@@ -235,7 +228,7 @@ def damage(folder: Path) -> str:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint-N folders in `folder`, newest first."""
-    return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: -int(p.name[11:]))
+    return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal()), key=lambda p: -int(p.name[11:]))
 
 def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
     """The checkpoint to go on from: `auto` takes the newest sound one, naming those it skips, None if there are none; a named one is taken or refused."""
@@ -258,7 +251,7 @@ def main() -> None:
     if resume:
         state = json.loads((resume / "state.json").read_text(encoding="utf-8"))
         args = arguments(saved=state["args"])
-        args.output_dir, args.model_name = str(resume.parent), find_model(args.model_name)
+        args.output_dir, args.model_name, args.quantization = str(resume.parent), find_model(args.model_name), args.quantization.replace("auto", state["args"]["quantization"])
         changed = {name: f"  {name}：{old} → {getattr(args, name)}" for name, old in state["args"].items()
                    if name not in ("output_dir", "config", "resume_from_checkpoint", "dry_run") and getattr(args, name) != old}
         same_rows = state["args"]["batch_size"] * state["args"]["gradient_accumulation_steps"] == args.batch_size * args.gradient_accumulation_steps
@@ -279,14 +272,14 @@ def main() -> None:
     def tokenize(row: dict) -> tuple[list[int], list[int], str]:
         if "text" in row:
             ids = text_ids(tokenizer, row["text"], first=True)
-            full = full_labels = bos * (ids[:1] != bos) + ids + [tokenizer.eos_token_id]
+            full = bos * (ids[:1] != bos) + ids + [tokenizer.eos_token_id]
             ids = labels = full[:args.max_length]
         else:
             system = [{"role": "system", "content": args.system}] if args.system and row["messages"][0]["role"] != "system" else []
-            full, full_labels = encode(tokenizer, system + row["messages"])
-            ids, labels = (full, full_labels) if len(full) <= args.max_length else encode(tokenizer, system + row["messages"], args.max_length)
-        if full[:2] == [tokenizer.bos_token_id] * 2 or full_labels[-1] == -100:
-            fail(4, f"{row['where']} 编码后{'没有结束符' if full_labels[-1] == -100 else '有两个 BOS'}，模型的对话模板有问题：\n{preview(tokenizer, full, full_labels)}")
+            full, labels = encode(tokenizer, system + row["messages"])
+            ids, labels = (full, labels) if len(full) <= args.max_length else encode(tokenizer, system + row["messages"], args.max_length)
+        if full[-1] is None or full[:2] == [tokenizer.bos_token_id] * 2:
+            fail(4, f"{row['where']} 编码后{'没有结束符' if full[-1] is None else '有两个 BOS'}，模型的对话模板有问题：\n{visible(tokenizer.decode(full[:-1]))}")
         if len(full) > args.max_length:
             cut[row["where"]] = len(full), ids[-1] != full[-1]
         if all(t == -100 for t in labels[1:]):
@@ -303,8 +296,10 @@ def main() -> None:
         say(f"有 {len(cut)} 行超过 max_length {args.max_length}，其中 {sum(lost for _, lost in cut.values())} 行的回答被截断（这些行不学结束符）："
             f"{'、'.join([*cut][:5])}{' 等' if len(cut) > 5 else ''}。要全部放下用 --max_length {max(cut.values())[0]}")
     sizes = [("打乱后的第一行", lambda row: 0), ("最长的一行", lambda row: len(row[0])), ("截得最多的一行", lambda row: cut.get(row[2], (0,))[0])]
+    learned, rest, mark = ("\x1b[32m{}\x1b[0m", "\x1b[2m{}\x1b[0m", "绿色") if sys.stderr.isatty() else ("【{}】", "{}", "【】里")
     for title, (ids, labels, where) in ((title, max(train_data, key=size)) for title, size in sizes[:3 if args.dry_run else 1]):
-        say(f"{title}，{where}（{'绿色' if sys.stderr.isatty() else '【】里'}是要学的）：\n{preview(tokenizer, ids, labels)}")
+        spans = itertools.groupby(zip(ids, labels), key=lambda pair: learned if pair[1] != -100 else rest)  # as the model sees it
+        say(f"{title}，{where}（{mark}是要学的）：\n" + "".join(look.format(visible(tokenizer.decode([i for i, _ in span]))) for look, span in spans))
     if args.dry_run:
         return say(importlib.import_module("prune_model").estimate(args, lengths, rows_per_step, total_steps))
 
@@ -312,8 +307,7 @@ def main() -> None:
     if rank == 0:
         if not resume and ((folder / "final_model").exists() or checkpoints(folder)):
             fail(2, f"{folder} 里已经有训练结果。接着训练加 --resume_from_checkpoint auto；重新训练换一个 --output_dir")
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        try:  # torch brings filelock
+        try:  # torch brings filelock, which makes the folder
             (lock := importlib.import_module("filelock").FileLock(folder / ".lock")).acquire(timeout=0)  # noqa: F841 - held until the process ends, however it ends
         except TimeoutError:
             fail(2, f"另一个训练正在用 {folder}。等它结束，或换一个 --output_dir")
@@ -332,26 +326,37 @@ def main() -> None:
     if world > 1:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")  # numbers are summed on the CPU
     device, dtype = pick_device(args.device, args.dtype)
+    args.quantization = pick_quantization(args.quantization, model_path, device)
     on_cuda = device.startswith("cuda")
     optim = args.optim if args.optim != "auto" else "paged_adamw_8bit" if on_cuda and args.quantization != "none" else "adamw_torch"
     if optim == "paged_adamw_8bit" and not on_cuda:
         fail(2, f"--optim paged_adamw_8bit 只能在 CUDA 上用，这里是 {device}。改用 --optim adamw_torch")
+    virtual = args.num_virtual_tokens if args.peft_method in ("ptuning", "prefix", "prompt") else 0  # trained, in front of the row
+    mutates = (args.init_lora_weights or args.peft_method)[:5] in ("pissa", "olora")  # they take what they begin with out of the base
+    wrong = LORA_ONLY * (args.peft_method not in LORA) + ("modules_to_save", "layers_to_transform") * bool(virtual) + ("quantization",) * mutates
+    if wrong := [name for name in wrong if getattr(args, name) not in (1, "none", None)]:
+        fail(2, f"--{wrong[0]} 不能和 {args.init_lora_weights or args.peft_method} 一起用")
     torch.manual_seed(args.seed)
     model = load_base(model_path, device, dtype, args.quantization, args.trust_remote_code)
-    virtual = args.num_virtual_tokens if args.peft_method in ("ptuning", "prefix", "prompt") else 0  # trained, in front of the row
     if (longest := max(len(ids) for ids, _, _ in train_data + val_data) + virtual) > (window := getattr(model.config, "max_position_embeddings", None) or longest):
         fail(2, f"最长的一行有 {longest} token，这个模型最多 {window}：用 --max_length {window - virtual}")
     if max(max(ids) for ids, _, _ in train_data + val_data) >= model.get_input_embeddings().num_embeddings:
         fail(4, f"tokenizer 的编号超出了模型的词表（{model.get_input_embeddings().num_embeddings}）：两者不是一套，请重新下载模型")
+    if missing := [wanted for wanted in args.modules_to_save or () if not any(name.endswith(wanted) for name, _ in model.named_modules())]:
+        fail(2, f"--modules_to_save：模型里没有 {missing[0]}")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     kind = {"ia3": peft.IA3Config, "ptuning": peft.PromptEncoderConfig, "prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}.get(args.peft_method, peft.LoraConfig)
     options = {**vars(args), "r": args.lora_r, "use_rslora": args.peft_method == "rslora", "use_dora": args.peft_method == "dora", "encoder_hidden_size": args.prompt_encoder_hidden,
-               "prefix_projection": True, "feedforward_modules": [], "target_modules": targets[0] if len(targets := args.target_modules or ["all-linear"]) == 1 and set(targets[0]) & set(".*|\\^$(-") else targets}
+               "prefix_projection": True, "feedforward_modules": [], "target_modules": targets[0] if len(targets := args.target_modules or ["all-linear"]) == 1 and set(targets[0]) & set(".*|\\^$(-") else targets,
+               "init_lora_weights": args.init_lora_weights or ("pissa" if args.peft_method == "pissa" else None), "layers_to_transform": None, "exclude_modules": rf"(?!\D*\.({'|'.join(map(str, args.layers_to_transform))})\.).*" if args.layers_to_transform else None}  # PEFT's own wants names
     try:  # what is trained is fp32 whatever the base is; each method takes the options that it has
-        model = peft.get_peft_model(model, kind(task_type="CAUSAL_LM", **{name: value for name, value in options.items() if hasattr(kind, name)}))
-    except (ValueError, importlib.import_module("re").error) as error:
+        model = peft.get_peft_model(model, kind(task_type="CAUSAL_LM", **{name: value for name, value in options.items() if value is not None and hasattr(kind, name)})).eval()  # no dropout yet
+    except (ValueError, TypeError, importlib.import_module("re").error) as error:
         fail(2, f"--peft_method {args.peft_method} 或 --target_modules 用不到这个模型上：{str(error).splitlines()[0][:160]}")
+    state_dict = peft.get_peft_model_state_dict(model, save_embedding_layers=False) if mutates else {}
+    initial = {key: v.cpu().clone() for key, v in state_dict.items() if "lora_A" in key or "lora_B" in key}  # which the base has lost
+    vars(model.peft_config["default"]).update({"r": 2 * args.lora_r, "lora_alpha": args.lora_alpha * (2 ** 0.5 if args.peft_method == "rslora" else 2), "init_lora_weights": True} if mutates else {})
     teach, kd_ratio, packed = None, args.kd_ratio if args.teacher_model else 0.0, args.fast and not virtual and can_pack(model, train_data + val_data)
     if args.teacher_model:
         teacher, teach = importlib.import_module("prune_model").load_teacher(args.teacher_model, tokenizer, model, args.quantization, args.trust_remote_code, args.kd_loss, args.kd_temperature, args.kd_top_k)
@@ -360,10 +365,14 @@ def main() -> None:
     for module in model.modules() if packed and device == "cpu" else ():
         if forward := {torch.nn.Dropout: fast_dropout, peft.tuners.lora.Linear: fast_lora if args.peft_method != "dora" else None}.get(type(module)):
             module.forward = forward.__get__(module)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    rates: dict = {}  # what learns how many times as fast (LoRA+: https://arxiv.org/abs/2402.12354)
+    for name, p in ((name, p) for name, p in model.named_parameters() if p.requires_grad):
+        p.data = p.data.float()  # modules_to_save are copies of the base's
+        rates.setdefault(args.lora_plus_ratio if "lora_B" in name else 1.0, []).append(p)
+    parameters = [p for group in rates.values() for p in group]
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
     adamw = importlib.import_module("bitsandbytes.optim").PagedAdamW8bit if optim == "paged_adamw_8bit" else torch.optim.AdamW
-    optimizer = adamw(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = adamw([{"params": group, "rate": rate} for rate, group in rates.items()], lr=args.learning_rate, weight_decay=args.weight_decay)
     amp = torch.autocast("cuda", dtype, enabled=dtype != torch.float32) if on_cuda else contextlib.nullcontext()
     scaler = torch.amp.GradScaler(enabled=on_cuda and dtype == torch.float16)
 
@@ -372,7 +381,7 @@ def main() -> None:
            "versions": {"python": sys.version.split()[0], **{name: sys.modules[name].__version__ for name in ("torch", "transformers", "peft")}},
            "threads": state["threads"] if resume and state.get("processes", 1) == world else torch.get_num_threads(), "data_sha256": sha256(json.dumps([train_data, val_data])),
            "base_fingerprint": fingerprint(model_path), "template_sha256": sha256(tokenizer.chat_template), "template_date": TEMPLATE_DATE.isoformat(), "end_tokens": end_token_ids(model, tokenizer),
-           "row_sha256": [sha256("".join(unicodedata.normalize("NFKC", row["messages"][-2]["content"]).split()))[:16] for row in rows if "messages" in row]}
+           "row_sha256": [question_digest(row["messages"][-2]["content"]) for row in rows if "messages" in row]}
     history, losses, best, best_step, bad_evals, start_step = [], [], math.inf, 0, 0, state["step"] if resume else 0
     here = int(sha256(f"{start_step} {total_steps} {rows_per_step} {args.seed} {args.eval_every} {args.early_stopping_patience} {run['data_sha256']} {run['base_fingerprint']}")[:8], 16)
     if sum_over_processes(torch.tensor([here]))[0] != world * here:
@@ -385,9 +394,9 @@ def main() -> None:
         pairs = [("设备", state["device"], device), ("进程数", state.get("processes", 1), world), ("batch_size", state["args"]["batch_size"], args.batch_size), *((name, version, run["versions"][name]) for name, version in state["versions"].items())]
         if different := [f"{what} {then} → {now}" for what, then, now in pairs if then != now]:
             say(f"注意：{'，'.join(different)}，结果不再与不中断时逐位一致")
-        best, best_step, bad_evals, losses = state["best"] or math.inf, state["best_step"], state["bad_evals"], state["losses"]
+        best, best_step, bad_evals, losses = math.inf if state["best"] is None else state["best"], state["best_step"], state["bad_evals"], state["losses"]
         entries = {**load_file(resume / "optimizer.safetensors"), **state["optimizer"]}
-        model.load_state_dict(entries, strict=False) if virtual else peft.set_peft_model_state_dict(model, load_file(resume / "adapter_model.safetensors"))
+        model.load_state_dict(entries, strict=False) if virtual or initial else peft.set_peft_model_state_dict(model, load_file(resume / "adapter_model.safetensors"))
         moments = {i: {key.partition(".")[2]: v for key, v in entries.items() if key.startswith(f"{i}.")} for i in range(len(parameters))}
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # another device may need no scaler, or a new one
@@ -401,14 +410,12 @@ def main() -> None:
     for name, text in () if rank else (("run.json", json.dumps(run, ensure_ascii=False, indent=1)), ("metrics.jsonl", "".join(json.dumps(m) + "\n" for m in history))):
         (folder / f".new-{name}").write_text(text, encoding="utf-8")
         os.replace(folder / f".new-{name}", folder / name)  # a crash or a full disk leaves the old one
-    if args.report_to != "none" and rank == 0:
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(str(folder / "logs"), purge_step=start_step + 1 if resume else 0)
+    board = rank == 0 and args.report_to != "none" and importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "logs"), purge_step=start_step + 1)
     def record(step: int, metrics: dict, words: str) -> None:
         history.append({"step": step, **metrics})
         with open(os.devnull if rank else folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(history[-1]) + "\n")
-        for name, value in metrics.items() if args.report_to != "none" and rank == 0 else ():
+        for name, value in metrics.items() if board else ():
             board.add_scalar(name, value, step)
         with contextlib.suppress(OSError), tqdm.external_write_mode():  # Ctrl-C has ended `| tee` too, and the step must still be saved
             say(words)
@@ -445,11 +452,11 @@ def main() -> None:
 
         # once in a while: save, then delete what is neither recent nor the best
         due = step > start_step and (best_step == step or last or (args.save_every >= 0 and step % (args.save_every or steps_per_epoch) == 0))
-        if rank == 0 and (due or step == start_step) and (free := shutil.disk_usage(folder).free) < (need := 13 * trainable):  # the adapter and two moments, fp32
+        if rank == 0 and (due or step == start_step) and (free := shutil.disk_usage(folder).free) < (need := (21 if initial else 13) * trainable):  # the adapter and two moments, fp32
             fail(6, f"磁盘满了：存一个 checkpoint 要 {need / 1e6:.1f} MB，{folder} 那里还剩 {free / 1e6:.1f} MB。已有的 checkpoint 完好；腾出空间后加 --resume_from_checkpoint auto 接着训练")
         if due and rank == 0:
             values = {f"{i}.{key}": v for i, entry in torch.optim.Optimizer.state_dict(optimizer)["state"].items() for key, v in entry.items()}  # unwrapped
-            values |= {name: p.detach() for name, p in model.named_parameters() if virtual and p.requires_grad}  # the adapter's file has what they compute
+            values |= {name: p.detach() for name, p in model.named_parameters() if (virtual or initial) and p.requires_grad}  # the adapter's file has what they compute
             state = {**run, "step": step, "losses": losses, "best": best if best < math.inf else None, "best_step": best_step, "bad_evals": bad_evals,
                      "scaler": scaler.state_dict(), "optimizer": {key: v for key, v in values.items() if not torch.is_tensor(v)}}
             if bad := next((name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()), None):
@@ -458,6 +465,10 @@ def main() -> None:
                 model.save_pretrained(staging, save_embedding_layers=False)
                 tokenizer.save_pretrained(staging)
                 (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+                if initial:  # BA on a base without B0 A0 is [B, -B0] [A; A0] on the whole one: an ordinary LoRA of twice the rank
+                    saved = load_file(file := staging / "adapter_model.safetensors")
+                    plain = {key: torch.cat([saved[key], -v if "lora_B" in key else v], int("lora_B" in key)) for key, v in initial.items()}
+                    save_file(saved | plain, file, metadata={"format": "pt"})
                 save_file({key: v.clone() if "qmap" in key else v.contiguous() for key, v in values.items() if torch.is_tensor(v)}, staging / "optimizer.safetensors")
                 (staging / "state.json").write_text(json.dumps(state, ensure_ascii=False, indent=1), encoding="utf-8")
             for old in [p for p in checkpoints(folder) if int(p.name[11:]) <= step and p.name != f"checkpoint-{best_step}" and not damage(p)][args.save_total_limit:]:
@@ -497,7 +508,7 @@ def main() -> None:
         left = (total_steps - step) / max(1, total_steps - warmup)
         scale = (step + 1) / (warmup + 1) if step < warmup else {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[args.lr_scheduler]
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * scale
+            group["lr"] = args.learning_rate * scale * group["rate"]
         scaler.step(optimizer)
         scaler.update()
 
@@ -529,7 +540,7 @@ def main() -> None:
             shutil.copy(file, staging)
     summary = {"步数": f"{step}（{step / steps_per_epoch:g} 轮）", "训练行数": len(train_data), "可训练参数": f"{trainable:,}（{100 * trainable / total:.2f}%）",
                "用时": f"{(minutes := (time.perf_counter() - began) / 60):.1f} 分钟", "速度": f"{all_tokens / minutes / 60:.0f} token/s（含验证和保存）",
-               **({"验证损失": f"{next(m['val_loss'] for m in history if 'val_loss' in m):.4f} → {best:.4f}（第 {best_step} 步）"} if val_data else {})}
+               **({"验证损失": f"{next((m['val_loss'] for m in history if 'val_loss' in m), best):.4f} → {best:.4f}（第 {best_step} 步）"} if val_data else {})}
     report = f"# 训练报告\n\n{run['started']} 开始，{run['device']}，{run['dtype']}，torch {run['versions']['torch']}\n\n| 项目 | 值 |\n|---|---|\n"
     (folder / "training_report.md").write_text(report + "".join(f"| {name} | {value} |\n" for name, value in [*summary.items(), *run["args"].items()]), encoding="utf-8")
     say("\n".join(f"{name}：{value}" for name, value in summary.items()) + f"\n训练完成，报告在 {folder / 'training_report.md'}")

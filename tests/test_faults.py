@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ANSWERS, QUESTIONS, ROOT, make_model, make_tokenizer, metrics, write_csv
+from conftest import ANSWERS, QUESTIONS, ROOT, byte_level_tokenizer, make_model, make_tokenizer, metrics, write_csv
 from test_resume import SEED, at_io, bits, digest, fault_table, finish, flags, go, server, sound, start, trial, two_at_once  # noqa: F401
 
 
@@ -712,6 +712,12 @@ def test_a_model_without_a_template_gets_one_that_is_saved_with_the_adapter(flag
         go(tmp_path / "run", *flags, "--model_name", base, "--max_steps", 1, "--output_dir", tmp_path / "run")
         assert "问题" in (tmp_path / "run" / "final_model" / "chat_template.jinja").read_text(encoding="utf-8")
         go(tmp_path / "ask", "--lora_weights", tmp_path / "run", "--prompt", "你好", "--max_new_tokens", 2, script="inference")
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(flags, tmp_path):
+    base = make_model(tmp_path / "base", tokenizer=byte_level_tokenizer([], None))
+    with trial("tokenizer 没有结束符", 4):
+        assert "没有结束符" in go(tmp_path / "run", *flags, "--model_name", base, "--max_steps", 1, "--output_dir", tmp_path / "run", code=4)
 
 
 def test_an_optimizer_that_needs_a_card_is_refused_on_a_cpu(flags, tmp_path):

@@ -224,7 +224,12 @@ def test_adapters_that_do_not_belong_are_refused(tiny, learned, tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     from inference import load_model
 
-    for name, folder in {**cases, "truncated": truncated}.items():
+    shutil.copytree(learned, tmp_path / "list")
+    (tmp_path / "list" / "final_model" / "manifest.json").write_text("[1]", encoding="utf-8")
+    shutil.copytree(learned, tmp_path / "foreign")
+    (tmp_path / "foreign" / "run.json").write_text('{"args": {}}', encoding="utf-8")
+    load_model(tiny, str(tmp_path / "foreign" / "final_model"))  # another tool's run.json says nothing
+    for name, folder in {**cases, "truncated": truncated, "list": tmp_path / "list"}.items():
         with pytest.raises(SystemExit) as stop:
             load_model(tiny, str(folder / "final_model"))
         assert stop.value.code == 4, name
