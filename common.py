@@ -226,8 +226,8 @@ def find_columns(names: tuple, wanted: dict) -> dict:
         raise ValueError(f"没有 {missing[0]}，{listed}；--columns 里左边写 {'、'.join(COLUMNS)} 或 text")
     settled = {*wanted, *(COLUMNS if "text" in wanted else ("history", "messages") if {"instruction", "output"} <= set(wanted) else ())}
     found = {field: [known[alias] for alias in aliases if alias in known] for field, aliases in COLUMNS.items() if field not in settled}
-    for field in (field for field, several in found.items() if len(several) > 1 and field not in known):
-        raise ValueError(f"列 {'、'.join(found[field])} 都可以当作 {field}。只留一列，或写明 --columns {field}={found[field][0]}")
+    if unclear := next((field for field, several in found.items() if len(several) > 1 and field not in known), None):
+        raise ValueError(f"列 {'、'.join(found[unclear])} 都可以当作 {unclear}。只留一列，或写明 --columns {unclear}={found[unclear][0]}")
     columns = wanted | {field: several[0] for field, several in found.items() if several}
     if "text" in columns or "text" in known and not {"output", "messages"} & set(columns):
         return {"text": columns.get("text") or known["text"]}

@@ -23,7 +23,7 @@ import unicodedata
 from pathlib import Path
 
 from common import fail, parse_args, run_script, say, visible
-from inference import can_fold, conversation, find_adapter, generate, generation_options, load_adapter, load_model, make_inference_parser, read_questions, run_record
+from inference import can_fold, conversation, find_adapter, generate, generation_options, keep_questions, load_adapter, load_model, make_inference_parser, read_questions, run_record
 
 VERDICTS = {"better": "更好", "worse": "更差", "higher": "更高", "lower": "更低", "no difference shown": "看不出差别"}
 
@@ -229,9 +229,8 @@ def main() -> None:
     add("--report", help="写一个网页，例如 report.html")
     add("--json", help="全部数字和回答写到这个 JSON 文件")
     args = parse_args(parser)
+    keep_questions(args.test_file, args.json, args.report)
     for path in filter(None, (args.json, args.report)):
-        if Path(path).resolve() == Path(args.test_file).resolve():
-            fail(2, f"{path} 就是问题文件，会盖掉它。换一个名字")
         open(path, "a", encoding="utf-8").close()  # what cannot be written shows now, not after the answers
     rows = [{"messages": talk} for talk in ([conversation(args.prompt)] if args.prompt else read_questions(args.test_file, answers=True))]
     adapters = [find_adapter(path) for path in args.lora_weights or [None]]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common import encode, fail, fingerprint, load_rows, number, parse_args, question_digest, read_table, run_script, say, sha256, visible
 from compare_models import describe_run, find_citations, metric_table, print_table, versus, write_page
-from inference import can_fold, conversation, find_adapter, generate, generation_options, load_model, make_inference_parser, run_record
+from inference import can_fold, conversation, find_adapter, generate, generation_options, keep_questions, load_model, make_inference_parser, run_record
 
 # key: (its name for --metrics, title, 1 = more is better, -1 = less is, 0 = neither)
 METRICS = {
@@ -196,8 +196,9 @@ def main() -> None:
     if len(args.lora_weights or []) > 1:
         fail(2, "一次评估一个 LoRA；几个一起比：python compare_models.py --lora_weights A --lora_weights B --test_file 测试表.csv")
     log_path, results_path = Path(args.output).with_suffix(".jsonl"), Path(args.output).with_name("eval_results.json")
-    if Path(args.output).suffix != ".csv" or Path(args.test_data).resolve() in [Path(p).resolve() for p in (args.output, log_path, results_path, args.report or args.output)]:
-        fail(2, f"--output 应是一个 .csv 文件，它、旁边的 {log_path.name} 和 {results_path.name}、--report 都不能是测试数据。换一个名字，例如 --output evaluation_results.csv")
+    if Path(args.output).suffix != ".csv":
+        fail(2, f"--output 应是一个 .csv 文件，不是 {args.output}，例如 --output evaluation_results.csv")
+    keep_questions(args.test_data, args.output, log_path, results_path, args.report)
     if Path(args.test_data).is_dir():  # of a folder that is split, the loader takes the part to learn
         fail(2, f"--test_data {args.test_data} 是目录。写明里面的测试文件，例如 --test_data {args.test_data}/test.jsonl")
     if args.report:

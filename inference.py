@@ -60,6 +60,11 @@ def read_questions(path: str, answers: bool = False) -> list[list[dict]]:
     lines = [line.strip() for line in decode(Path(path).read_bytes(), path)[0].splitlines()]
     return [conversation(line) for line in lines if line and not line.startswith("#")] or fail(3, f"{path} 里没有问题；一行写一个")
 
+def keep_questions(path: str, *outputs) -> None:
+    """Exit 2 where one of `outputs` (None: nothing is written) is the file of questions."""
+    if clash := next((output for output in outputs if output and Path(output).resolve() == Path(path).resolve()), None):
+        fail(2, f"{clash} 就是问题文件，写到那里会盖掉它。给 --output、--json 或 --report 换一个名字")
+
 def conversation(asked: str | list[dict], system: str | None = None) -> list[dict]:
     """The messages of a question, or those given, after the system prompt if there is one and they have none of their own."""
     messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
@@ -113,8 +118,10 @@ def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: b
     problems += [f"{file.name} 不是训练时写的那个" for file, digest in made.items() if not file.is_file() or sha256(file.read_bytes()) != digest]
     run, config = run_record(adapter), model.peft_config[name]
     if run:
-        pairs = (("基础模型的权重", run["base_fingerprint"], fingerprint(base)), ("对话模板", run["template_sha256"], sha256(tokenizer.chat_template)),
-                 *((flag, run["args"][flag], getattr(config, field)) for flag, field in (("lora_r", "r"), ("lora_alpha", "lora_alpha")) if hasattr(config, field) and (run["args"].get("init_lora_weights") or run["args"].get("peft_method", ""))[:5] not in ("pissa", "olora")))
+        pairs = [("基础模型的权重", run["base_fingerprint"], fingerprint(base)), ("对话模板", run["template_sha256"], sha256(tokenizer.chat_template))]
+        begun = run["args"].get("init_lora_weights") or run["args"].get("peft_method", "")
+        if hasattr(config, "r") and begun[:5] not in ("pissa", "olora"):  # those are saved with twice the rank
+            pairs += [("lora_r", run["args"]["lora_r"], config.r), ("lora_alpha", run["args"]["lora_alpha"], config.lora_alpha)]
         problems += [f"{what}和训练时不同（{str(then)[:12]} → {str(now)[:12]}）" for what, then, now in pairs if then != now]
     if problems and not force:
         fail(4, f"LoRA {adapter}：{'；'.join(problems)}。\n换成训练它的那个基础模型（--base_model），确定要用就加 --force")
@@ -241,8 +248,10 @@ def chat(model, tokenizer, args) -> None:
             while len(turns) > 1 and len(encode(tokenizer, conversation(turns, system))[0]) > window:
                 turns = turns[2:]
             said, printer = [], TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            printer.on_finalized_text = lambda text, stream_end=False, said=said: (
-                said.append(text), print(visible(text), end="\n" * stream_end, flush=True))
+            def show(text: str, stream_end: bool = False, said: list = said) -> None:
+                said.append(text)
+                print(visible(text), end="\n" * stream_end, flush=True)
+            printer.on_finalized_text = show
             try:
                 answer = generate(model, tokenizer, [conversation(turns, system)], streamer=printer, **generation_options(args))[0]["text"]
             except (KeyboardInterrupt, SystemExit):  # a question that is too long has been told so
@@ -261,9 +270,10 @@ def main() -> None:
     add("--merge", action=argparse.BooleanOptionalAction, default=True, help="把 LoRA 合并进权重，生成更快（量化时不合并）")
     add("--clean_repeats", action="store_true", help="去掉回答末尾的重复")
     args = parse_args(parser)
-    lost = args.output and args.prompt_file and Path(args.output).resolve() == Path(args.prompt_file).resolve()
-    if lost or not (args.prompt or args.prompt_file or args.interactive) or len(args.lora_weights or []) > 1:
-        fail(2, f"--output {args.output} 就是问题文件，会盖掉它。换一个名字" if lost else '加 --interactive 聊天，或 --prompt "问题"，或 --prompt_file FILE；--lora_weights 一次一个，几个一起用 compare_models.py')
+    if args.prompt_file:
+        keep_questions(args.prompt_file, args.output)
+    if not (args.prompt or args.prompt_file or args.interactive) or len(args.lora_weights or []) > 1:
+        fail(2, '加 --interactive 聊天，或 --prompt "问题"，或 --prompt_file FILE；--lora_weights 一次一个，几个一起用 compare_models.py')
     questions = read_questions(args.prompt_file) if args.prompt_file else [conversation(args.prompt)] if args.prompt else []
     adapter = None if args.use_original_model else find_adapter(args.lora_weights and args.lora_weights[0])
     model, tokenizer = load_model(args.base_model, adapter, args.device, args.merge, args.force, args.quantization, args.trust_remote_code)

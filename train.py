@@ -353,7 +353,7 @@ def main() -> None:
     try:  # what is trained is fp32 whatever the base is; each method takes the options that it has
         model = peft.get_peft_model(model, kind(task_type="CAUSAL_LM", **{name: value for name, value in options.items() if value is not None and hasattr(kind, name)})).eval()  # no dropout yet
     except (ValueError, TypeError, importlib.import_module("re").error) as error:
-        fail(2, f"--peft_method {args.peft_method} 或 --target_modules 用不到这个模型上：{str(error).splitlines()[0][:160]}")
+        fail(2, f"--peft_method {args.peft_method}、--target_modules 或 --layers_to_transform 用不到这个模型上：{str(error).splitlines()[0][:160]}")
     state_dict = peft.get_peft_model_state_dict(model, save_embedding_layers=False) if mutates else {}
     initial = {key: v.cpu().clone() for key, v in state_dict.items() if "lora_A" in key or "lora_B" in key}  # which the base has lost
     vars(model.peft_config["default"]).update({"r": 2 * args.lora_r, "lora_alpha": args.lora_alpha * (2 ** 0.5 if args.peft_method == "rslora" else 2), "init_lora_weights": True} if mutates else {})
@@ -482,7 +482,7 @@ def main() -> None:
         batch_rows = [train_data[i] for i in step_rows(len(train_data), rows_per_step, args.seed, step)]
         label_tokens, sums = sum(t != -100 for _, labels, _ in batch_rows for t in labels[1:]), [0.0, 0.0, 0.0]  # of the loss, and of its two parts
         since = time.perf_counter()
-        model.train()
+        model.training or model.train()  # which walks through every module
         torch.manual_seed(args.seed * 1_000_003 + step + (rank << 22))  # a CPU takes the lower 32 bits
         for p in parameters:
             p.grad = scaler.scale(torch.zeros_like(p))  # a process may get none of a short step's rows
