@@ -33,6 +33,7 @@ COLUMNS = {  # names that people use for the same thing; the canonical one wins 
     "output": ("output", "answer", "response", "completion", "target", "回答", "答案", "输出", "回复"),
     "system": ("system", "system_prompt", "系统提示"), "history": ("history", "历史"),
     "messages": ("messages", "conversations", "conversation", "对话"),
+    "image": ("image", "images", "图片", "图像"),
 }
 ROLES = dict.fromkeys(("human", "用户", "observation", "tool"), "user") | dict.fromkeys(("gpt", "bing", "bot", "助手", "function_call"), "assistant")
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
@@ -235,8 +236,9 @@ def find_columns(names: tuple, wanted: dict) -> dict:
         return columns
     raise ValueError(f"找不到 {missing} 列，{listed}。\n写明哪列是问题、哪列是回答：--columns instruction=列名,output=列名（列名要在第一行，上面的标题请删掉；没有这个参数的脚本，请改表头）")
 
-def make_row(cells: dict) -> dict:
-    """The row of {field: value}; {} where the question or an answer is empty, ValueError with a sentence where a cell is odd."""
+def make_row(cells: dict, folder: Path) -> dict:
+    """The row of {field: value}; {} where the question or an answer is empty, ValueError with a sentence where a cell is odd. The images of a
+    row go with its first question: {"role": "user", "content", "images": [path, …]}, paths from `folder` on."""
     def text(*values) -> str:
         if odd := [cell for cell in values if isinstance(cell, (list, dict, bytes)) or re.search("[\0\ud800-\udfff]", str(cell))]:
             raise ValueError(f"应该是文字，得到 {visible(str(odd[0]))[:60]}")
@@ -252,6 +254,9 @@ def make_row(cells: dict) -> dict:
     if text(cells.get("system")) and said[0][0] != "system":
         said.insert(0, ("system", cells["system"]))
     messages = [{"role": ROLES.get(role, role), "content": text(content)} for role, content in said]
+    if images := cells.get("image") if isinstance(cells.get("image"), list) else re.findall(r"[^;；\n]*[^;；\s]", text(cells.get("image"))):
+        next(m for m in messages if m["role"] == "user")["images"] = paths = [str(folder / text(image)) for image in images]
+        [importlib.import_module("prepare_data").open_image(path) for path in paths]
     if bad := {m["role"] for m in messages} - {"system", "user", "assistant"}:
         raise ValueError(f"的角色 {bad.pop()} 不认识，应为 system、user 或 assistant")
     while messages and messages[-1]["role"] != "assistant":
@@ -273,7 +278,7 @@ def stream_rows(path: str, encoding: str | None = None, columns: str | None = No
                     mapped[names] = find_columns(names, wanted)
                     used = "，".join(name if name == field else f"{name} → {field}" for field, name in mapped[names].items())
                     say(f"数据 {file}：列 {used}（没有用到：{'、'.join(str(name) for name in names if name not in mapped[names].values()) or '无'}）")
-                row = make_row({field: record[name] for field, name in mapped[names].items()})
+                row = make_row({field: record[name] for field, name in mapped[names].items()}, Path(file).parent)
                 yield {**row, "where": where} if row else f"{where}：问题或回答是空的"
             except (ValueError, TypeError, AttributeError) as error:
                 problem = str(error) if type(error) is ValueError and not str(error).isascii() else '的对话应该是 [{"role": "user", "content": "…"}, …]'
@@ -288,7 +293,7 @@ def load_rows(paths: str | list[str], encoding: str | None = None, columns: str 
     rows, dropped = [], []
     for path in [paths] if isinstance(paths, str) else paths:
         name, amount = (path, "1.0") if os.path.exists(path) else re.fullmatch(r"(.*?)(?::(\d+(?:\.\d+)?))?", path).groups("1.0")
-        files = importlib.import_module("prepare_data").fetch(name) if name[:3] in ("hf:", "ms:") else [name]  # nothing else goes to the network
+        files = importlib.import_module("download_model").fetch(name) if name[:3] in ("hf:", "ms:") else [name]  # nothing else goes to the network
         found = [row for file in files for row in stream_rows(file, encoding, columns, skip_bad_rows)]
         dropped += [row for row in found if isinstance(row, str)]
         found = [row for row in found if isinstance(row, dict)] or fail(3, f"{name} 里没有可以学的行{'（只读第一张工作表）' * name.endswith('.xlsx')}。{''.join(dropped[:1])}")
@@ -324,15 +329,16 @@ def content_ids(tokenizer, text: str) -> list[int]:
     return ids if control.isdisjoint(ids) else [i for char in text for i in text_ids(tokenizer, char) if i not in control]
 
 @functools.lru_cache(maxsize=256)
-def template_parts(tokenizer, template: str, roles: tuple[str, ...], prompt: bool) -> tuple[list, list]:
+def template_parts(tokenizer, template: str, roles: tuple[str, ...], images: tuple[int, ...], prompt: bool) -> tuple[list, list]:
     """(the chat template's own text as lists of ids; for each gap between two of them the number of the message whose content goes there and the
     space before it, one token with its first word). Rendered once per sequence of roles, with marks, so no content passes through the template."""
     watchdog = threading.Timer(10, lambda: (say(f"错误：模型的对话模板 10 秒还没有写完 {' → '.join(roles)} 这样的对话，没有用它"), os._exit(4)))
     watchdog.start()  # a template may loop without end
     try:
         dated = re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda match: repr(TEMPLATE_DATE.strftime(match[2])), template)
-        text = tokenizer.apply_chat_template([{"role": role, "content": f"\ue000{role}{i}\ue001"} for i, role in enumerate(roles)],
-                                             chat_template=dated, tokenize=False, add_generation_prompt=prompt, enable_thinking=False)
+        marks = [f"\ue000{role}{i}\ue001" for i, role in enumerate(roles)]
+        text = tokenizer.apply_chat_template([{"role": role, "content": [*[{"type": "image"}] * n, {"type": "text", "text": mark}] if n else mark}
+                                              for role, mark, n in zip(roles, marks, images)], chat_template=dated, tokenize=False, add_generation_prompt=prompt, enable_thinking=False)
     except Exception as error:  # noqa: BLE001 - a template is a program: it can fail in any way
         fail(4, f"模型的对话模板不接受 {' → '.join(roles)} 这样的对话：{visible(str(error))[:200]}")
     finally:
@@ -348,12 +354,15 @@ def encode(tokenizer, messages: list[dict], max_length: int = sys.maxsize) -> tu
     Ending with an assistant turn it is a training row: exactly the inference prompt's ids, the answer, one end token. Otherwise it is the
     inference prompt. Over `max_length` the questions are cut first (from the oldest one's end, keeping a quarter of `max_length` for the
     prompt), then the answer, which then has no end token."""
-    roles = tuple(m["role"] for m in messages)
+    roles, images = tuple(m["role"] for m in messages), tuple(len(m.get("images", ())) for m in messages)
+    _, processor, spans = importlib.import_module("prepare_data").see(tokenizer, messages) if any(images) else (None, None, [])
     answered = roles[-1] == "assistant"
-    texts, gaps = template_parts(tokenizer, tokenizer.chat_template, roles[:-1] if answered else roles, True)
+    texts, gaps = template_parts(tokenizer, tokenizer.chat_template, roles[:-1] if answered else roles, images, True)
     if answered:
-        whole, _ = template_parts(tokenizer, tokenizer.chat_template, roles, False)
+        whole, _ = template_parts(tokenizer, tokenizer.chat_template, roles, images, False)
         texts, gaps = [*texts, whole[-1]], [*gaps, (len(roles) - 1, "")]
+    if any(images):  # where the template has a token for an image, as many as the model makes of it
+        texts = [[i for token in text for i in (spans.pop(0) if token == processor.image_token_id else [token])] for text in texts]
     pieces = [(texts[0], "")]  # (ids, whose they are): the assistant's are learned, the user's may be cut
     for (i, space), text in zip(gaps, texts[1:]):
         end = next((k + 1 for k, token in enumerate(text) if roles[i] == "assistant" and token in control_tokens(tokenizer)[0]), 0)
@@ -367,6 +376,14 @@ def encode(tokenizer, messages: list[dict], max_length: int = sys.maxsize) -> tu
         del question[len(question) - cut:]
     tokens = [(i, i if role == "assistant" else -100) for ids, role in pieces for i in ids][:max_length]
     return [i for i, _ in tokens], [label for _, label in tokens]
+
+def image_inputs(model, tokenizer, messages: list[dict], input_ids) -> dict:
+    """What a vision-language model takes beside `input_ids`, a tensor (rows, tokens), for the images of `messages`; {} where they have none."""
+    if not any("images" in m for m in messages):
+        return {}
+    inputs, processor, _ = importlib.import_module("prepare_data").see(tokenizer, messages)
+    kinds = (input_ids == model.config.image_token_id).long()
+    return {**inputs.to(model.device, model.dtype), **{name: kinds for name in ("mm_token_type_ids", "token_type_ids") if name in processor.model_input_names}}
 
 def end_token_ids(model, tokenizer) -> list[int]:
     """Every id that ends an answer: the model's, the tokenizer's, and the one that the template puts after an answer."""
@@ -447,8 +464,9 @@ def load_base(path: str, device: str, dtype, quantization: str = "none", trust_r
         for broken in sorted(Path(path).glob("*.safetensors")):  # the libraries do not say which file is cut short, or a pointer to it
             safe_open(broken, "pt")
         broken = path
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, dtype=dtype, local_files_only=True,
-                                                                        use_safetensors=True, trust_remote_code=trust_remote_code, **bits)
+        kind = transformers.AutoModelForImageTextToText if '"vision_config"' in texts else transformers.AutoModelForCausalLM
+        model, info = kind.from_pretrained(path, output_loading_info=True, dtype=dtype, local_files_only=True, use_safetensors=True,
+                                           trust_remote_code=trust_remote_code, **bits)
         if info["missing_keys"]:
             raise ValueError(f"缺少权重 {min(info['missing_keys'])}")  # the library would draw it at random
         return model.to(device).eval() if quantization == "none" else model.eval()
@@ -461,9 +479,9 @@ def sha256(data: str | bytes) -> str:
     """Hex digest of a text or of bytes."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
-def question_digest(question: str) -> str:
-    """What tells a question that was trained on: 64 bits of its sha256, whatever its blanks and the widths of its letters."""
-    return sha256("".join(unicodedata.normalize("NFKC", question).split()))[:16]
+def question_digest(asked: dict) -> str:
+    """What tells a question that was trained on, {"role", "content", maybe "images"}: 64 bits of a sha256, whatever the blanks and widths of its letters."""
+    return sha256("".join([*unicodedata.normalize("NFKC", asked["content"]).split(), *(sha256(Path(path).read_bytes()) for path in asked.get("images", ()))]))[:16]
 
 def fingerprint(path: str) -> str:
     """sha256 over the name, the size and 64 sampled blocks of each weight file in `path`: a moment for 6 GB, not minutes."""
@@ -497,4 +515,6 @@ def run_script(main) -> None:
             fail(6, "磁盘满了。腾出空间后再运行同样的命令；已完成的 checkpoint 没有受影响")
         if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
             fail(6, "内存不够。训练：--batch_size 减半、--gradient_accumulation_steps 加倍（结果一样），或加 --gradient_checkpointing；回答：减小 --answer_batch_size")
+        if "RANK" in os.environ and isinstance(error, RuntimeError) and re.search("(?i)gloo|nccl|connection|peer", str(error)):
+            fail(6, f"和别的训练进程断了联系（{str(error).splitlines()[0][:150]}）。已有的 checkpoint 完好：同样的命令加 --resume_from_checkpoint auto 接着训练")
         raise

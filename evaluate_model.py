@@ -18,7 +18,7 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
-from common import encode, fail, fingerprint, load_rows, number, parse_args, question_digest, read_table, run_script, say, sha256, visible
+from common import encode, fail, fingerprint, image_inputs, load_rows, number, parse_args, question_digest, read_table, run_script, say, sha256, visible
 from compare_models import describe_run, find_citations, metric_table, print_table, versus, write_page
 from inference import can_fold, conversation, find_adapter, generate, generation_options, keep_questions, load_model, make_inference_parser, run_record
 
@@ -93,10 +93,11 @@ def mentioned(text: str, phrases) -> set[str]:
 def answer_loss(model, tokenizer, messages: list[dict]) -> tuple[float, int]:
     """(negative log-likelihood, tokens) of the last answer with its end token. One at a time: the logits of a batch may outweigh the model."""
     import torch
-    ids, labels = encode(tokenizer, messages, getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
+    ids, labels = encode(tokenizer, messages, getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
     start = max(k for k, label in enumerate(labels) if label == -100) + 1
+    input_ids = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
-        logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=len(ids) - start + 1).logits[0, :-1]
+        logits = model(input_ids=input_ids, **image_inputs(model, tokenizer, messages, input_ids), use_cache=False, logits_to_keep=len(ids) - start + 1).logits[0, :-1]
         loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(ids[start:], device=model.device), reduction="sum")
     return loss.item(), len(ids) - start
 
@@ -217,7 +218,7 @@ def main() -> None:
     trained = set(run.get("row_sha256", ()))
     if adapter and "row_sha256" not in run:
         warnings.append("训练记录 run.json 里没有训练行的指纹 row_sha256，没法查测试题是不是训练过")
-    if seen := [row["where"] for row in rows if question_digest(row["messages"][-2]["content"]) in trained]:
+    if seen := [row["where"] for row in rows if question_digest(row["messages"][-2]) in trained]:
         warnings.append(f"{len(rows)} 道测试题里有 {len(seen)} 道训练过，分数不能当真：{'、'.join(seen[:5])}{' 等' if seen[5:] else ''}")
         if args.strict:
             fail(2, f"{warnings[-1]}。换一份测试表，或从训练数据里去掉这些行再训练；去掉 --strict 就只警告")

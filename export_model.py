@@ -61,6 +61,8 @@ def save_merged(model, tokenizer, dtype, folder: Path) -> None:
     """Save `model` so that today's readers and older ones (transformers 4, vLLM, Ollama) load the same model from it."""
     model.to(dtype).save_pretrained(folder, max_shard_size="4GB")
     tokenizer.save_pretrained(folder)
+    for file in Path(model.name_or_path).glob("*processor*.json"):  # how a vision-language model takes images
+        shutil.copy(file, folder)
     config, words = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "tokenizer_config.json"))
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:  # old readers take a missing one for 10000, and a missing rope_scaling for none, without a word
@@ -76,10 +78,10 @@ def save_merged(model, tokenizer, dtype, folder: Path) -> None:
 def gguf_header(config, tokenizer) -> dict:
     """What llama.cpp must know of a model, and of its tokenizer by its rules and not its name; exit 4 for what it cannot express."""
     from gguf import GGML_QUANT_VERSION, TokenType
-    rope, n_words = getattr(config, "rope_parameters", None) or {}, config.vocab_size
+    rope = getattr(config, "rope_parameters", None) or {}
     if config.architectures[0] not in ARCHITECTURES or rope.get("rope_type") not in ("default", "llama3") or config.hidden_act != "silu":
         fail(4, f"{config.architectures[0]}（位置编码 {rope.get('rope_type')}）还不能写成 GGUF，能写的是 {'、'.join(ARCHITECTURES)}。只合并：加 --merge_only")
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state, n_words = json.loads(tokenizer.backend_tokenizer.to_str()), config.vocab_size
     bpe, sentencepiece = state["model"], bool(state["model"].get("byte_fallback"))
     names = {"Split": lambda part: part["pattern"].get("Regex", "?"), "Digits": lambda part: "digits" if part["individual_digits"] else "?",
              "ByteLevel": lambda part: "?" if part["add_prefix_space"] else "words" if part["use_regex"] else "",
@@ -157,8 +159,7 @@ def adapter_parts(adapter: str, config) -> tuple[dict, list[tuple]]:
     lora, tensors = json.loads(Path(adapter, "adapter_config.json").read_text(encoding="utf-8")), []
     for key, x in load_file(Path(adapter, "adapter_model.safetensors")).items():
         module, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        rank = {"lora_A": x.shape[0], "lora_B": x.shape[-1]}.get(half)
-        if rank is None or rank != lora["r"] or lora.get("alpha_pattern") or module == "lm_head" and config.tie_word_embeddings:
+        if {"lora_A": x.shape[0], "lora_B": x.shape[-1]}.get(half) != lora["r"] or lora.get("alpha_pattern") or module == "lm_head" and config.tie_word_embeddings:
             fail(4, f"llama.cpp 的 LoRA 文件装不下 {adapter} 里的 {key}（{lora['peft_type']}）。先合并再转换：去掉 --adapter_gguf")
         name, reorder = gguf_weight(config, f"{module}.weight")
         x = reorder(x.float().numpy()) if half == "lora_B" else x.float().numpy()
@@ -172,9 +173,8 @@ def write_gguf(path: Path, config, header: dict, tensors: list[tuple]) -> float:
     import numpy
     from numpy.linalg import norm
     writer = gguf.GGUFWriter(path, ARCHITECTURES[config.architectures[0]])
-    for name, value in header.items():
-        if value is not None:
-            getattr(writer, f"add_{name}")(*(value if isinstance(value, tuple) else [value]))
+    for name, value in ((name, value) for name, value in header.items() if value is not None):
+        getattr(writer, f"add_{name}")(*(value if isinstance(value, tuple) else [value]))
     for name, _, kind, shape in tensors:
         writer.add_tensor_info(name, shape, numpy.dtype(numpy.float32), int(numpy.prod(gguf.quant_shape_to_byte_shape(shape, kind))), raw_dtype=kind)
     writer.write_header_to_file()

@@ -16,13 +16,14 @@ import sys
 import time
 from pathlib import Path
 
-from common import (SUFFIXES, add_loading_flags, decode, encode, end_token_ids, fail, find_model, fingerprint, load_base, load_rows, load_tokenizer, make_parser, number, parse_args,
+from common import (SUFFIXES, add_loading_flags, decode, encode, end_token_ids, fail, find_model, fingerprint, image_inputs, load_base, load_rows, load_tokenizer, make_parser, number, parse_args,
                     pick_device, pick_quantization, run_script, say, sha256, visible)
 
 HELP = """/help           显示这些命令
 /reset          忘掉前面的对话
 /undo           撤回上一轮问答
 /system TEXT    换系统提示词并重新开始（不写 TEXT = 去掉）
+/image FILE     下一个问题带上这张图片
 /save FILE      把对话存成 JSON 文件
 /exit           退出（exit、quit、退出 也行）；回答时按 Ctrl-C 只停下这个回答"""
 
@@ -141,6 +142,7 @@ def load_model(base_model: str | None = None, lora_weights: str | None = None, d
     `base_model` it is the one that the adapter was trained on, or the default model, or the demo model."""
     base = find_model(base_model or (read_json_file(Path(lora_weights, "adapter_config.json")).get("base_model_name_or_path") if lora_weights else None))
     tokenizer = load_tokenizer(lora_weights if lora_weights and Path(lora_weights, "tokenizer_config.json").is_file() else base, trust_remote_code)
+    tokenizer.name_or_path = base  # where the processor of images is
     device, dtype = pick_device(device)
     model = load_base(base, device, dtype, pick_quantization(quantization, base, device), trust_remote_code)
     model = load_adapter(model, tokenizer, lora_weights, force=force) if lora_weights else model
@@ -177,7 +179,7 @@ def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: 
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else dict.fromkeys(("temperature", "top_p", "top_k"))
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)  # PEFT puts them in front of the padding
-    ends, window = end_token_ids(model, tokenizer), (getattr(model.config, "max_position_embeddings", None) or sys.maxsize) - virtual
+    ends, window = end_token_ids(model, tokenizer), (getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize) - virtual
     options = {**drawn, "do_sample": temperature > 0, "num_beams": 1, "use_cache": True, "repetition_penalty": repetition_penalty,
                "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "streamer": streamer}
     size = answer_batch_size if not virtual and temperature == 0 and repetition_penalty == 1 and max(map(len, prompts), default=0) + max_new_tokens <= window else 1
@@ -188,6 +190,7 @@ def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: 
         if width >= window:
             fail(2, f"问题有 {width} token，超过了模型的上限 {window}。缩短问题再试")
         batch = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, return_attention_mask=True, return_tensors="pt").to(model.device)
+        batch |= image_inputs(model, tokenizer, [m for i in rows for m in conversations[i]], batch["input_ids"])
         torch.manual_seed(seed)
         began = time.perf_counter()
         with torch.inference_mode():
@@ -214,8 +217,8 @@ def clean_repeats(text: str) -> str:
 def chat(model, tokenizer, args) -> None:
     """A conversation whose answers stream; it is cut from the front when it no longer fits the model."""
     from transformers import TextStreamer
-    window = max((most := getattr(model.config, "max_position_embeddings", None) or 4096) // 2, most - args.max_new_tokens)
-    system, turns = args.system, []
+    window = max((most := getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096) // 2, most - args.max_new_tokens)
+    system, turns, images = args.system, [], args.image
     sys.stdin.reconfigure(errors="replace")  # half a character must not end the chat
     importlib.util.find_spec("readline") and importlib.import_module("readline")  # arrow keys, and lines of any length
     say("开始聊天。/help 看命令，/exit 退出")
@@ -235,6 +238,13 @@ def chat(model, tokenizer, args) -> None:
         elif command in ("/reset", "/system"):
             system, turns = system if command == "/reset" else rest, []
             print(f"已清空对话。系统提示词：{system or '无'}")
+        elif command == "/image":
+            try:
+                importlib.import_module("prepare_data").open_image(rest)
+                images = [*images, rest]
+                print(f"下一个问题带 {len(images)} 张图片。")
+            except ValueError as error:
+                print(f"给{error}")
         elif command == "/save":
             try:
                 Path(rest).write_text(json.dumps(conversation(turns, system), ensure_ascii=False, indent=1), encoding="utf-8")
@@ -244,7 +254,7 @@ def chat(model, tokenizer, args) -> None:
         elif command.startswith("/"):
             print(f"没有 {command} 这个命令，/help 看全部。")
         elif line:
-            turns += [{"role": "user", "content": line}]
+            turns, images = [*turns, {"role": "user", "content": line, **({"images": images} if images else {})}], []
             while len(turns) > 1 and len(encode(tokenizer, conversation(turns, system))[0]) > window:
                 turns = turns[2:]
             said, printer = [], TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -263,6 +273,7 @@ def main() -> None:
     parser = make_inference_parser(__doc__)
     add = parser.add_argument_group("问题").add_argument
     add("--prompt", help="一个问题")
+    add("--image", nargs="+", default=[], help="问题里的图片，可以几张；视觉语言模型用")
     add("--prompt_file", help="问题文件，一行一个，# 开头的是注释")
     add("--interactive", action="store_true", help="多轮聊天")
     add("--output", help="回答写到这个文件；.jsonl 每行一个对象，其他是文本")
@@ -274,7 +285,7 @@ def main() -> None:
         keep_questions(args.prompt_file, args.output)
     if not (args.prompt or args.prompt_file or args.interactive) or len(args.lora_weights or []) > 1:
         fail(2, '加 --interactive 聊天，或 --prompt "问题"，或 --prompt_file FILE；--lora_weights 一次一个，几个一起用 compare_models.py')
-    questions = read_questions(args.prompt_file) if args.prompt_file else [conversation(args.prompt)] if args.prompt else []
+    questions = read_questions(args.prompt_file) if args.prompt_file else [conversation([{"role": "user", "content": args.prompt, **({"images": args.image} if args.image else {})}])] if args.prompt else []
     adapter = None if args.use_original_model else find_adapter(args.lora_weights and args.lora_weights[0])
     model, tokenizer = load_model(args.base_model, adapter, args.device, args.merge, args.force, args.quantization, args.trust_remote_code)
     args.system = run_record(adapter).get("args", {}).get("system") if args.system is None else args.system

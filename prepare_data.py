@@ -21,30 +21,13 @@ from array import array
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from common import SUFFIXES, fail, make_parser, number, parse_args, run_script, say, stream_rows, visible
+from common import fail, make_parser, number, parse_args, run_script, say, sha256, stream_rows, visible
+from download_model import fetch
 
 SPLITS = {"train": "训练", "validation": "验证", "test": "测试"}
 HASHES, PER_BAND = 128, 4  # two questions that share 60 % of their trigrams are found with 1 - (1 - 0.6 ** 4) ** 32 = 98.8 %; 70 %: 99.98 %
 
 # ---- 1. Rows ----
-
-def fetch(name: str) -> list[str]:
-    """`name`, or the data files of hf:ORG/NAME[:split] or ms:ORG/NAME[:split], downloaded; where their names tell splits, those of the split."""
-    hub, dataset, split = (name + "::").split(":")[:3]
-    if hub not in ("hf", "ms") or os.path.exists(name):
-        return [name]
-    try:
-        if hub == "hf":
-            from huggingface_hub import snapshot_download
-        else:
-            from modelscope_hub.compat.snapshot_download import snapshot_download
-        folder = snapshot_download(dataset, repo_type="dataset", allow_patterns=[f"*{suffix}" for suffix in SUFFIXES])
-    except Exception as error:  # noqa: BLE001 - no network, no such name, no rights: the clients raise a dozen unrelated types
-        fail(6, f"数据集 {name} 下载不了：{' '.join(visible(str(error)).split())[:200]}\n检查名字和网络；已经下载的，直接写文件或目录")
-    files = {str(p): p.relative_to(folder).as_posix().lower() for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in SUFFIXES}
-    found = {path: re.findall(r"(?<![a-z])(tra|val|dev|tes)(?:in|id|idation|t)?(?![a-z])", text) for path, text in files.items()}
-    chosen = [path for path in files if (split or "train")[:3] in found[path] or not any(found.values())]
-    return chosen or fail(3, f"数据集 {name} 里没有{split or '训练'}数据，文件有：{'、'.join(files.values())[:200]}")
 
 def ask_and_answer(row: dict) -> tuple[str, str]:
     """What is asked in a row and what is answered, all turns of a conversation; of a text learned whole, the text and nothing."""
@@ -52,19 +35,55 @@ def ask_and_answer(row: dict) -> tuple[str, str]:
     question, answer = ("\n".join(m["content"] for m in turns if m["role"] == role) for role in ("user", "assistant"))
     return (question, answer) if question else (answer, "")
 
+# ---- 2. Images ----
+
+def open_image(path: str):
+    """The image in a file, upright and in RGB; ValueError with a sentence where there is none, a broken one, or one of over 50 million pixels."""
+    from PIL import Image, ImageOps
+    try:
+        with Image.open(path, formats=("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")) as image:  # other formats start other programs
+            if (problem := f"有 {image.width} × {image.height} 像素，先缩小到 5000 万像素以内") and image.width * image.height <= 50_000_000:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # noqa: BLE001 - broken and hostile files raise a dozen unrelated types
+        problem = "不存在" if isinstance(error, FileNotFoundError) else f"打不开：{visible(str(error))[:100]}"
+    raise ValueError(f"的图片 {visible(path)} {problem}")
+
+@functools.lru_cache(maxsize=2)
+def image_processor(path: str):
+    """The library's processor for the images of the vision-language model in `path`: Qwen-VL's own wants torchvision, for videos."""
+    import transformers
+    try:
+        kind = transformers.models.auto.processing_auto.PROCESSOR_MAPPING[type(transformers.AutoConfig.from_pretrained(path, local_files_only=True))]
+        def start(self, image_processor, tokenizer, **options):
+            kind.__init__(self, image_processor, tokenizer, **options)
+        return type("ImageProcessor", (kind,), {"__init__": start}).from_pretrained(path, local_files_only=True)
+    except Exception as error:  # noqa: BLE001 - no processor, no files, broken ones: a dozen unrelated types
+        fail(4, f"数据里有图片，模型 {path} 看不了（{visible(str(error))[:150]}）。换 Qwen3-VL、Qwen2.5-VL 这样的模型；只学文字就去掉 image 列")
+
+def see(tokenizer, messages: list[dict]) -> tuple:
+    """(what a model takes for the images of `messages`, its processor, for each of them the ids that its token in the chat template becomes)."""
+    processor, paths = image_processor(tokenizer.name_or_path), [path for m in messages for path in m.get("images", ())]
+    try:
+        inputs = processor.image_processor([open_image(path) for path in paths], return_tensors="pt")
+    except ValueError as error:
+        fail(3, f"{'、'.join(paths)[:200]} 这样的图片不能用：{visible(str(error))[:200]}")
+    return inputs, processor, tokenizer([processor.replace_image_token(inputs, k) for k in range(len(paths))], add_special_tokens=False).input_ids
+
 def make_record(row: dict, format_type: str, instruction: str) -> dict:
     """The row under the column names of `format_type`; `instruction` (of a classification) comes before the question."""
     if format_type == "text" and "text" in row:
         return {"text": row["text"]}
-    turns = [*row["messages"]]
+    turns = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+    paths = [os.path.abspath(path) for m in row["messages"] for path in m.get("images", ())]
+    images = {"image": ";".join(paths)} if paths else {}
     if instruction and format_type != "alpaca":
         turns[-2] = {"role": "user", "content": f"{instruction}\n{turns[-2]['content']}"}
     if format_type in ("messages", "text"):
-        return {"messages": turns} if format_type == "messages" else {"text": "\n".join(m["content"] for m in turns)}
+        return {"messages": turns} | images if format_type == "messages" else {"text": "\n".join(m["content"] for m in turns)}
     question, answer = turns[-2]["content"], turns[-1]["content"]
     record = {"question": question, "answer": answer} if format_type == "qa" else {
         "instruction": instruction or question, "input": question if instruction else "", "output": answer}
-    return record | ({"system": turns[0]["content"]} if len(turns) == 3 else {})
+    return record | ({"system": turns[0]["content"]} if len(turns) == 3 else {}) | images
 
 def write_records(path: Path, records, columns: list[str]) -> None:
     """JSON Lines, or a CSV that Excel opens, by the name of `path`; in one stroke."""
@@ -81,7 +100,7 @@ def write_records(path: Path, records, columns: list[str]) -> None:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
     os.replace(staging, path)
 
-# ---- 2. Rows that ask the same stay together ----
+# ---- 3. Rows that ask the same stay together ----
 
 def sketch(texts: list[str]):
     """MinHash signatures, numpy bytes (texts, HASHES): two texts agree in that share of bytes in which their character trigrams overlap."""
@@ -107,7 +126,8 @@ def find_groups(read, total: int, similarity: float):
     lines = Counter(line for i in sample for line in set(ask_and_answer(read(i))[0].split("\n")))
     shared = {line for line, n in lines.items() if n >= max(5, len(sample) / 100)}  # an instruction over many inputs would make all alike
     def key(i: int) -> str:
-        question = ask_and_answer(read(i))[0]
+        row = read(i)  # an image is asked about in the same words as the others: it is what tells rows apart
+        question = "".join(sha256(Path(path).read_bytes()) for m in row.get("messages", ()) for path in m.get("images", ())) or ask_and_answer(row)[0]
         text = "\n".join(line for line in question.split("\n") if line not in shared) or question
         text = unicodedata.normalize("NFKC", text).casefold()
         return (re.sub(r"[\W_]+", "", text) or "".join(text.split())).ljust(3)
@@ -164,7 +184,7 @@ def choose_splits(groups: list[int], strata: list[str], ratios: dict[str, float]
             owed[split], left = owed[split] - got, left - got
     return [chosen.get(group, "train") for group in groups]
 
-# ---- 3. Something to try ----
+# ---- 4. Something to try ----
 
 def sample_row(rng: random.Random) -> dict:
     """A made-up row in Chinese, whose answer follows from its question."""
@@ -242,7 +262,7 @@ def main() -> None:
         labels.append(sys.intern(" ".join(answer.split())) if classify else "")
         roles = "".join(m["role"][0] for m in row.get("messages", []))
         kinds.setdefault("text" if not roles else "alpaca" if roles in ("ua", "sua") else "messages", where)
-        kinds |= {"system": where} if roles[:1] == "s" else {}
+        kinds |= ({"system": where} if roles[:1] == "s" else {}) | ({"image": where} if any("images" in m for m in row.get("messages", ())) else {})
     total, n, names = len(starts) + sum(map(len, drops.values())), len(starts), Counter(labels)
     if not n:
         fail(3, f"{args.input[0]} 的 {total} 行全被去掉了：{'，'.join(f'{reason} {len(where)} 行' for reason, where in drops.items())}")
@@ -262,7 +282,7 @@ def main() -> None:
     count = Counter(zip(splits, labels))
     instruction = f"判断下面的文本属于哪一类，只回答类别。类别：{'、'.join(sorted(names))}" if classify else ""
     header = {"text": ["text"], "messages": ["messages"], "qa": ["question", "answer"], "alpaca": ["instruction", "input", "output"]}[format_type]
-    header += ["system"] * ("system" in kinds and format_type in ("qa", "alpaca"))
+    header += [name for name in ("system", "image") if name in kinds and (format_type in ("qa", "alpaca") or name == "image")]
     written = [split for split in SPLITS if split in splits]
     for split in written:
         write_records(files[split], (make_record(read(i), format_type, instruction) for i in range(n) if splits[i] == split), header)

@@ -23,11 +23,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import (TEMPLATE_DATE, add_loading_flags, encode, end_token_ids, fail, find_model, fingerprint, load_base, load_rows, load_tokenizer, make_parser,
+from common import (TEMPLATE_DATE, add_loading_flags, encode, end_token_ids, fail, find_model, fingerprint, image_inputs, load_base, load_rows, load_tokenizer, make_parser,
                     number, parse_args, pick_device, pick_quantization, question_digest, run_script, say, sha256, text_ids, visible)
 
 LORA, LORA_ONLY, INITS = ("lora", "rslora", "dora", "pissa"), ("lora_plus_ratio", "init_lora_weights"), ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16")
-MAY_CHANGE_ON_RESUME = {"num_epochs", "max_steps", "eval_every", "save_every", "save_total_limit", "logging_steps", "report_to", "early_stopping_patience", "device", "trust_remote_code", "gradient_checkpointing"}
+MAY_CHANGE_ON_RESUME = {"num_epochs", "max_steps", "eval_every", "save_every", "save_total_limit", "logging_steps", "report_to", "early_stopping_patience", "device", "trust_remote_code", "gradient_checkpointing", "fsdp"}
 
 def arguments(saved: dict | None = None) -> argparse.Namespace:
     """The command line; `saved` are the settings of a run to resume, taken where nothing is typed."""
@@ -68,11 +68,13 @@ def arguments(saved: dict | None = None) -> argparse.Namespace:
     add("--target_modules", nargs="+", help="加 LoRA 的层名或一个正则；默认全部注意力和 FFN 投影")
     add("--layers_to_transform", nargs="+", type=number(int, 0), help="只加在这几层，从 0 数起；默认每层")
     add("--modules_to_save", nargs="+", help="另外整个训练、整个保存的层，例如 lm_head")
+    add("--train_vision", action="store_true", help="视觉语言模型：看图的部分也加 LoRA，默认只加在语言部分")
     add("--num_virtual_tokens", type=number(int, 1), default=20, help="ptuning、prefix、prompt 学几个虚拟 token")
     add("--prompt_encoder_hidden", type=number(int, 1), default=512, help="ptuning、prefix 的编码器多宽")
     add("--optim", choices=("auto", "adamw_torch", "paged_adamw_8bit"), default="auto", help="优化器；auto 按设备选")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False, help="用时间换内存")
     add("--fast", action=argparse.BooleanOptionalAction, default=True, help="快的算法（--no_fast = 朴素的，逐行算）")
+    add("--fsdp", action=argparse.BooleanOptionalAction, default=False, help="torchrun 时基础权重分放在各个进程里，用于一张卡装不下的模型")
     add("--teacher_model", help="蒸馏：让这个更大的模型也教，tokenizer 要相同")
     add("--kd_ratio", type=number(float, 0, 1), default=0.5, help="学老师占多少，其余学数据里的回答")
     add("--kd_temperature", type=number(float, 0, 100, above=True), default=1.0, help="蒸馏温度")
@@ -108,6 +110,13 @@ def micro_batches(rows: list, budget: int, packed: bool) -> list[list]:
         pack.append(row)
     return packs
 
+def deal(rows: list, rank: int, world: int, budget: int, packed: bool, together: bool) -> list[tuple[list, int]]:
+    """(micro-batch, 1) for those of process `rank`, which gets every world-th row, by length. `together`: as many for each process, the missing ones
+    with a 0 for their weight, because a model in pieces runs where all run it."""
+    shares = {r: micro_batches(sorted(rows, key=lambda row: -len(row[0]))[r::world], budget, packed) for r in (range(world) if together else [rank])}
+    own = [(batch, 1) for batch in shares[rank]]
+    return own + [(shares.get(0, [None])[0], 0)] * (max(map(len, shares.values())) - len(own))
+
 def fast_dropout(dropout, x):
     """What the `dropout` module does to x, with a mask of bytes out of random int64s: PyTorch's own draws serially on a CPU, and takes longer
     than the product it precedes. An entry is kept with probability (256 - k) / 256, k = round(256 p), and scaled by the inverse: the mean is exact."""
@@ -134,7 +143,7 @@ def chunked_loss(hidden, weight, targets, chunk: int = 256):
             total += ((rows - rows.detach()) * gradient).sum()  # adds zero, with the gradient made above
     return total
 
-def loss_sum(model, rows: list, packed: bool, neftune_alpha: float = 0.0, teach=None):
+def loss_sum(model, rows: list, packed: bool, neftune_alpha: float = 0.0, teach=None, see=None):
     """(sum of the label tokens' losses, sum of their distances to a teacher or 0) of `rows`, a list of (input_ids, labels, where): of one, or, if `packed`,
     of several in one line without padding, each with its own positions and attention, the output head only where a label is predicted: the same sum."""
     import torch
@@ -147,6 +156,7 @@ def loss_sum(model, rows: list, packed: bool, neftune_alpha: float = 0.0, teach=
         size = torch.tensor([neftune_alpha / math.sqrt(n * embeddings.shape[-1]) for n in lengths for _ in range(n)], device=model.device)
         inputs = {"inputs_embeds": embeddings + torch.empty_like(embeddings).uniform_(-1, 1) * size[:, None]}
     if not packed:
+        inputs |= see(rows[0][2], input_ids) if see else {}
         logits = model(**inputs, use_cache=False).logits[0, -len(targets):][keep]  # virtual tokens stand before them
         return torch.nn.functional.cross_entropy(logits.float(), targets[keep], reduction="sum"), logits.new_zeros(())
     extra = {"position_ids": torch.tensor([[k for n in lengths for k in range(n)]], device=model.device), "row_lengths": lengths, "use_cache": False}
@@ -178,11 +188,8 @@ def can_pack(model, rows: list) -> bool:
 def sum_over_processes(*tensors) -> list[float]:
     """Sum each of `tensors`, in place, over the processes that torchrun has started, if it has; returns the numbers of the first one."""
     import torch
-    try:
-        for tensor in tensors if torch.distributed.is_available() and torch.distributed.is_initialized() else ():
-            torch.distributed.all_reduce(tensor)
-    except RuntimeError as error:
-        fail(6, f"和别的训练进程断了联系（{str(error).splitlines()[0][:150]}）。已有的 checkpoint 完好：同样的命令加 --resume_from_checkpoint auto 接着训练")
+    for tensor in tensors if torch.distributed.is_available() and torch.distributed.is_initialized() else ():
+        torch.distributed.all_reduce(tensor)
     return tensors[0].tolist()
 
 # ---- Checkpoints ----
@@ -285,6 +292,7 @@ def main() -> None:
         if all(t == -100 for t in labels[1:]):
             fail(3, f"{row['where']} 截断后没有剩下要学的内容：--max_length {args.max_length} 太小，这一行有 {len(full)} token")
         return ids, labels, row["where"]
+    pictured = {row["where"]: row["messages"] for row in rows + val_rows if any("images" in m for m in row.get("messages", ()))}
     train_data, val_data = [tokenize(row) for row in rows], [tokenize(row) for row in val_rows]
     lengths = sorted(len(ids) for ids, _, _ in train_data)
     rows_per_step, budget = args.batch_size * args.gradient_accumulation_steps, args.batch_size * args.max_length
@@ -336,9 +344,13 @@ def main() -> None:
     wrong = LORA_ONLY * (args.peft_method not in LORA) + ("modules_to_save", "layers_to_transform") * bool(virtual) + ("quantization",) * mutates
     if wrong := [name for name in wrong if getattr(args, name) not in (1, "none", None)]:
         fail(2, f"--{wrong[0]} 不能和 {args.init_lora_weights or args.peft_method} 一起用")
+    if pictured and args.neftune_alpha:
+        fail(2, "--neftune_alpha 不能和图片一起用")
+    if args.fsdp and (world == 1 or args.quantization != "none"):
+        fail(2, "--fsdp 要用 torchrun 启动（--nproc_per_node 至少 2），不能和量化一起用")
     torch.manual_seed(args.seed)
-    model = load_base(model_path, device, dtype, args.quantization, args.trust_remote_code)
-    if (longest := max(len(ids) for ids, _, _ in train_data + val_data) + virtual) > (window := getattr(model.config, "max_position_embeddings", None) or longest):
+    model = load_base(model_path, "cpu" if args.fsdp else device, dtype, args.quantization, args.trust_remote_code)
+    if (longest := max(len(ids) for ids, _, _ in train_data + val_data) + virtual) > (window := getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest):
         fail(2, f"最长的一行有 {longest} token，这个模型最多 {window}：用 --max_length {window - virtual}")
     if max(max(ids) for ids, _, _ in train_data + val_data) >= model.get_input_embeddings().num_embeddings:
         fail(4, f"tokenizer 的编号超出了模型的词表（{model.get_input_embeddings().num_embeddings}）：两者不是一套，请重新下载模型")
@@ -346,10 +358,12 @@ def main() -> None:
         fail(2, f"--modules_to_save：模型里没有 {missing[0]}")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    part = next(name for name, m in model.named_modules() if m is model.get_decoder()) + r"\." if hasattr(model.config, "vision_config") and not args.train_vision else ""
+    where = rf"\D*(?<=\.)({'|'.join(map(str, args.layers_to_transform))})\." if args.layers_to_transform else ""
     kind = {"ia3": peft.IA3Config, "ptuning": peft.PromptEncoderConfig, "prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}.get(args.peft_method, peft.LoraConfig)
     options = {**vars(args), "r": args.lora_r, "use_rslora": args.peft_method == "rslora", "use_dora": args.peft_method == "dora", "encoder_hidden_size": args.prompt_encoder_hidden,
                "prefix_projection": True, "feedforward_modules": [], "target_modules": targets[0] if len(targets := args.target_modules or ["all-linear"]) == 1 and set(targets[0]) & set(".*|\\^$(-") else targets,
-               "init_lora_weights": args.init_lora_weights or ("pissa" if args.peft_method == "pissa" else None), "layers_to_transform": None, "exclude_modules": rf"(?!\D*\.({'|'.join(map(str, args.layers_to_transform))})\.).*" if args.layers_to_transform else None}  # PEFT's own wants names
+               "init_lora_weights": args.init_lora_weights or ("pissa" if args.peft_method == "pissa" else None), "layers_to_transform": None, "exclude_modules": rf"(?!{part}{where}).*" if part or where else None}  # PEFT's own wants names
     try:  # what is trained is fp32 whatever the base is; each method takes the options that it has
         model = peft.get_peft_model(model, kind(task_type="CAUSAL_LM", **{name: value for name, value in options.items() if value is not None and hasattr(kind, name)})).eval()  # no dropout yet
     except (ValueError, TypeError, importlib.import_module("re").error) as error:
@@ -357,7 +371,13 @@ def main() -> None:
     state_dict = peft.get_peft_model_state_dict(model, save_embedding_layers=False) if mutates else {}
     initial = {key: v.cpu().clone() for key, v in state_dict.items() if "lora_A" in key or "lora_B" in key}  # which the base has lost
     vars(model.peft_config["default"]).update({"r": 2 * args.lora_r, "lora_alpha": args.lora_alpha * (2 ** 0.5 if args.peft_method == "rslora" else 2), "init_lora_weights": True} if mutates else {})
-    teach, kd_ratio, packed = None, args.kd_ratio if args.teacher_model else 0.0, args.fast and not virtual and can_pack(model, train_data + val_data)
+    if args.fsdp:  # each layer's frozen weights in equal parts, put together while it runs; what is trained is whole in each process, and saved as ever
+        from torch.distributed.fsdp import fully_shard
+        trained, layers = {p for p in model.parameters() if p.requires_grad}, next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+        for module, ignored in (*((layer, trained) for layer in layers), (model.get_decoder(), set(model.parameters()))):
+            fully_shard(module, ignored_params=ignored, mesh=torch.distributed.init_device_mesh(device.partition(":")[0], (world,)))
+        model.to(device)
+    teach, kd_ratio, packed = None, args.kd_ratio if args.teacher_model else 0.0, args.fast and not virtual and not pictured and can_pack(model, train_data + val_data)
     if args.teacher_model:
         teacher, teach = importlib.import_module("prune_model").load_teacher(args.teacher_model, tokenizer, model, args.quantization, args.trust_remote_code, args.kd_loss, args.kd_temperature, args.kd_top_k)
         if not packed or not can_pack(teacher, train_data):
@@ -373,15 +393,18 @@ def main() -> None:
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
     adamw = importlib.import_module("bitsandbytes.optim").PagedAdamW8bit if optim == "paged_adamw_8bit" else torch.optim.AdamW
     optimizer = adamw([{"params": group, "rate": rate} for rate, group in rates.items()], lr=args.learning_rate, weight_decay=args.weight_decay)
+    def see(where: str, input_ids) -> dict:
+        return image_inputs(model, tokenizer, pictured.get(where, ()), input_ids)
     amp = torch.autocast("cuda", dtype, enabled=dtype != torch.float32) if on_cuda else contextlib.nullcontext()
     scaler = torch.amp.GradScaler(enabled=on_cuda and dtype == torch.float16)
 
     # ---- 3. The run's record, and a checkpoint to go on from ----
+    shown = [sha256(Path(path).read_bytes()) for messages in pictured.values() for m in messages for path in m.get("images", ())]
     run = {"args": vars(args), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "device": device, "processes": world, "dtype": str(dtype).removeprefix("torch."),
            "versions": {"python": sys.version.split()[0], **{name: sys.modules[name].__version__ for name in ("torch", "transformers", "peft")}},
-           "threads": state["threads"] if resume and state.get("processes", 1) == world else torch.get_num_threads(), "data_sha256": sha256(json.dumps([train_data, val_data])),
+           "threads": state["threads"] if resume and state.get("processes", 1) == world else torch.get_num_threads(), "data_sha256": sha256(json.dumps([train_data, val_data, *shown])),
            "base_fingerprint": fingerprint(model_path), "template_sha256": sha256(tokenizer.chat_template), "template_date": TEMPLATE_DATE.isoformat(), "end_tokens": end_token_ids(model, tokenizer),
-           "row_sha256": [question_digest(row["messages"][-2]["content"]) for row in rows if "messages" in row]}
+           "row_sha256": [question_digest(row["messages"][-2]) for row in rows if "messages" in row]}
     history, losses, best, best_step, bad_evals, start_step = [], [], math.inf, 0, 0, state["step"] if resume else 0
     here = int(sha256(f"{start_step} {total_steps} {rows_per_step} {args.seed} {args.eval_every} {args.early_stopping_patience} {run['data_sha256']} {run['base_fingerprint']}")[:8], 16)
     if sum_over_processes(torch.tensor([here]))[0] != world * here:
@@ -440,8 +463,8 @@ def main() -> None:
         # once in a while: evaluate, as the mean over all label tokens; what a checkpoint holds already is not done again
         if val_data and (step > start_step or not resume) and (step % (args.eval_every or steps_per_epoch) == 0 or step == total_steps):
             model.eval()
-            with torch.inference_mode(), amp:
-                total_loss = sum(loss_sum(model, batch, packed)[0].item() for batch in micro_batches(val_data[rank::world], budget, packed))
+            with torch.no_grad(), amp:
+                total_loss = sum(weight * loss_sum(model, batch, packed, see=see)[0].item() for batch, weight in deal(val_data, rank, world, budget, packed, args.fsdp))
             val_loss = sum_over_processes(torch.tensor([total_loss], dtype=torch.float64))[0] / sum(t != -100 for _, labels, _ in val_data for t in labels[1:])
             is_best = val_loss < best or best_step == 0 < step and math.isfinite(val_loss)  # of the trained ones, even if none beats the base
             best, best_step, bad_evals = (val_loss, step, 0) if is_best else (best, best_step, bad_evals + 1)
@@ -486,13 +509,13 @@ def main() -> None:
         torch.manual_seed(args.seed * 1_000_003 + step + (rank << 22))  # a CPU takes the lower 32 bits
         for p in parameters:
             p.grad = scaler.scale(torch.zeros_like(p))  # a process may get none of a short step's rows
-        for batch in micro_batches(sorted(batch_rows, key=lambda row: -len(row[0]))[rank::world], budget, packed):
+        for batch, weight in deal(batch_rows, rank, world, budget, packed, args.fsdp):
             with amp:
                 # sums, divided by the label tokens of the whole step: any split of the rows gives the same gradient
-                parts = loss_sum(model, batch, packed, args.neftune_alpha, teach)
-                loss = ((1 - kd_ratio) * parts[0] + kd_ratio * parts[1]) / label_tokens
+                parts = loss_sum(model, batch, packed, args.neftune_alpha, teach, see)
+                loss = weight * ((1 - kd_ratio) * parts[0] + kd_ratio * parts[1]) / label_tokens
             scaler.scale(loss).backward()
-            sums = [total + x.item() for total, x in zip(sums, (loss, *(part / label_tokens for part in parts)))]
+            sums = [total + x.item() for total, x in zip(sums, (loss, *(weight * part / label_tokens for part in parts)))]
         step_loss, *step_parts = sum_over_processes(torch.tensor(sums, dtype=torch.float64), *(p.grad for p in parameters))
 
         # clip; what is not a number never reaches the weights

@@ -181,3 +181,36 @@ def train(model, data, folder, *args, code=0):
     """A quick training in this process; returns the run's folder."""
     call("train.py", "--model_name", model, "--dataset_name", data, "--output_dir", folder, "--report_to", "none", *args, code=code)
     return Path(folder)
+
+
+VISION_CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+               "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def make_vision_model(folder, kind):
+    """A random Qwen3-VL or Qwen2.5-VL of about 350k parameters with the files that its image processor is made of; returns the path as text."""
+    import torch
+    import transformers as t
+
+    names = {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>", "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+    tokenizer = byte_level_tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *names.values()], VISION_CHAT, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    ends = {"bos_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "max_position_embeddings": 1024, "initializer_range": 0.2, **ends}
+    tower = {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 64}
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    torch.manual_seed(0)
+    if kind == "Qwen3VL":
+        rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+        tower |= {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [1, 2]}
+        model = t.Qwen3VLForConditionalGeneration(t.Qwen3VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=tower, tie_word_embeddings=True, **ids, **ends))
+    else:
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+        tower |= {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
+        model = t.Qwen2_5_VLForConditionalGeneration(t.Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=tower, **ids, **ends))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps({
+        "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": f"{kind}Processor", "size": {"longest_edge": 1 << 24, "shortest_edge": 1024},
+        "patch_size": tower["patch_size"], "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}), encoding="utf-8")
+    return str(folder)

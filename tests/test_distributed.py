@@ -103,6 +103,56 @@ def test_processes_that_share_the_rows_learn_what_one_learns(shared, alone, tmp_
     assert max(map(len, shares)) - min(map(len, shares)) <= 6
 
 
+def in_pieces(rank, world, port, seen):
+    """`join`, with the share of the frozen layers that this process holds written to the file `seen`."""
+    import torch
+
+    join(rank, world, port)
+    import train
+
+    loss_sum = train.loss_sum
+
+    def weighed(model, *arguments, **options):
+        frozen = [p for name, p in model.named_parameters() if ".layers." in name and not p.requires_grad]
+        held = sum((p.to_local() if isinstance(p, torch.distributed.tensor.DTensor) else p).numel() for p in frozen)
+        Path(seen).write_text(f"{held / sum(p.numel() for p in frozen)}", encoding="utf-8")
+        return loss_sum(model, *arguments, **options)
+
+    train.loss_sum = weighed
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_base_in_pieces_teaches_what_a_whole_one_teaches(shared, alone, tmp_path, world):
+    """Three processes: one has no row in the short step, and must put the layers together for the others all the same."""
+    folder = tmp_path / "run"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--fsdp", *(["--gradient_checkpointing"] if world == 2 else [])]
+    children = [start(f"{folder}.{rank}.log", *shared, *options, "--output_dir", folder, fault=functools.partial(in_pieces, rank, world, port, f"{folder}.{rank}.held")) for rank in range(world)]
+    assert [finish(child) for child in children] == [0] * world, words(folder, 0)
+    assert_same(folder, alone)
+    held = [float(Path(f"{folder}.{rank}.held").read_text(encoding="utf-8")) for rank in range(world)]
+    assert sum(held) == pytest.approx(1) and max(held) < 1.2 / world
+    go(folder, "--output_dir", folder, "--resume_from_checkpoint", "auto", "--no-fsdp", "--num_epochs", 4)  # one process, with a whole base
+
+
+def test_a_lost_process_is_said_where_the_base_is_in_pieces(shared, tmp_path):
+    """The others notice in the middle of a layer, not where they sum."""
+    folder = tmp_path / "run"
+    children = start_shared(folder, 2, *shared, "--fsdp", "--num_epochs", 2000, "--save_every", 2)
+    wait_for_checkpoint(folder, children[0].is_alive)
+    children[1].kill()
+    assert finish(children[0], 60) == 6
+    assert "断了联系" in words(folder, 0) and "Traceback" not in words(folder, 0)
+    assert sound(folder)
+
+
+def test_pieces_need_processes_and_a_base_that_is_not_quantised(shared, tmp_path):
+    for wrong in ([], ["--use_4bit"]):
+        assert "--fsdp" in go(tmp_path / "run", *shared, "--fsdp", *wrong, "--output_dir", tmp_path / "run", code=2)
+
+
 def test_dropout_masks_differ_from_process_to_process(shared, tmp_path):
     """Twice the same row, one for each process: with one mask for both the gradient would be that of the row alone."""
     data = write_csv(tmp_path / "two.csv", [(QUESTIONS[0], "一般不超过六个月。")] * 2)
