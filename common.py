@@ -18,7 +18,6 @@ import re
 import sys
 import threading
 import unicodedata
-import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,8 +31,7 @@ COLUMNS = {  # names that people use for the same thing; the canonical one wins 
     "input": ("input", "context", "输入", "背景", "补充信息"),
     "output": ("output", "answer", "response", "completion", "target", "回答", "答案", "输出", "回复"),
     "system": ("system", "system_prompt", "系统提示"), "history": ("history", "历史"),
-    "messages": ("messages", "conversations", "conversation", "对话"),
-    "image": ("image", "images", "图片", "图像"),
+    "messages": ("messages", "conversations", "conversation", "对话"), "image": ("image", "images", "图片", "图像"),
 }
 ROLES = dict.fromkeys(("human", "用户", "observation", "tool"), "user") | dict.fromkeys(("gpt", "bing", "bot", "助手", "function_call"), "assistant")
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
@@ -77,8 +75,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
 
 def nearest(name: str, names) -> str:
     """“，你是不是想写 X？” for the closest of `names`, or nothing."""
-    close = difflib.get_close_matches(name, list(names), 1, 0.5)
-    return f"，你是不是想写 {close[0]}？" if close else "。"
+    return "".join(f"，你是不是想写 {close}？" for close in difflib.get_close_matches(name, list(names), 1, 0.5)) or "。"
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """An ArgumentParser with `doc` as its help and --config; a mistake is one Chinese sentence and exit code 2."""
@@ -106,20 +103,18 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     actions = parser._option_string_actions
     flags = {name.replace("-", "_"): name for name in actions if name.startswith("--")}
     typed = [re.sub("^--[^=]+", lambda match: flags.get(match[0].replace("-", "_"), match[0]), word) for word in sys.argv[1:]]
-    words, entries = [], {}
-    if config := parser.parse_known_args(typed)[0].config:
-        import yaml
-        try:
-            entries = yaml.safe_load(Path(config).read_text(encoding="utf-8-sig"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            place = f" 第 {error.problem_mark.line + 1} 行" if getattr(error, "problem_mark", None) else ""
-            fail(2, f"配置文件 {config}{place} 读不出来：{getattr(error, 'problem', None) or getattr(error, 'strerror', None) or error}")
-        if not isinstance(entries, dict):
-            fail(2, f"配置文件 {config} 里应该是“名字: 值”，每行一个")
+    words, config = [], parser.parse_known_args(typed)[0].config  # --help ends here
+    import yaml
+    try:
+        entries = yaml.safe_load(Path(config).read_text(encoding="utf-8-sig")) if config else {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        place = f" 第 {error.problem_mark.line + 1} 行" if getattr(error, "problem_mark", None) else ""
+        fail(2, f"配置文件 {config}{place} 读不出来：{getattr(error, 'problem', None) or getattr(error, 'strerror', None) or error}")
+    if not isinstance(entries, dict):
+        fail(2, f"配置文件 {config} 里应该是“名字: 值”，每行一个")
     for key, value in entries.items():
         if (flag := flags.get("__" + (key := str(key).replace("-", "_")))) is None:
-            siblings = {n for p in Path(__file__).parent.glob("*.py") for n in re.findall(r'"--(\w+)"', p.read_text("utf-8"))}
-            if key not in siblings:
+            if key not in (siblings := {n for p in Path(__file__).parent.glob("*.py") for n in re.findall(r'"--(\w+)"', p.read_text("utf-8"))}):
                 fail(2, f"{config} 里的 {key} 不是任何脚本的参数{nearest(key, siblings)}")
         elif isinstance(value, bool) and actions[flag].nargs == 0:
             words += [flag] if value else [f"--no-{flag[2:]}"] if f"--no-{flag[2:]}" in actions else []
@@ -161,16 +156,13 @@ def read_table(path: str, encoding: str | None = None, known: frozenset = frozen
         fail(3, f"{path} 其实是{kind}")
     try:
         if start[:4] == b"PAR1":
-            import pyarrow.parquet
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
+            batches = importlib.import_module("pyarrow.parquet").ParquetFile(path).iter_batches(1000)
             return (yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1))
         if start[:4] == b"PK\3\4":
-            with importlib.import_module("pandas").ExcelFile(path) as book:
-                cells, others = book.parse(header=None, dtype=str, na_filter=False).fillna(""), book.book.worksheets[1:]
-                unread = [sheet.title for sheet in others if any(cell not in (None, "") for row in sheet.iter_rows(values_only=True) for cell in row)]
-                if unread:
-                    say(f"警告：{path} 只读第一张工作表“{visible(book.sheet_names[0])}”，没有读 {visible('、'.join(unread))[:100]}。要用就把每张另存成一个文件")
-            rows = enumerate(cells.replace({"_x000D_\n?": "\n", r"^([\d-]{10}) 00:00:00$": r"\1"}, regex=True).values.tolist(), 1)  # Excel's end of a line; a day without a time
+            (title, cells), *others = importlib.import_module("pandas").read_excel(path, sheet_name=None, header=None, dtype=str, na_filter=False).items()
+            if unread := "、".join(name for name, sheet in others if not sheet.empty):
+                say(f"警告：{path} 只读第一张工作表“{visible(title)}”，没有读 {visible(unread)[:100]}。要用就把每张另存成一个文件")
+            rows = cells.fillna("").replace({"_x000D_\n?": "\n", r"^([\d-]{10}) 00:00:00$": r"\1"}, regex=True).values.tolist()  # Excel's end of a line; a day without a time
     except Exception as error:  # noqa: BLE001 - broken files raise a dozen unrelated types
         fail(3, f"{path} 是 Excel、Parquet 或压缩包，但读不出来：{visible(str(error))[:100]}")
     if start[:4] != b"PK\3\4":
@@ -182,12 +174,11 @@ def read_table(path: str, encoding: str | None = None, known: frozenset = frozen
         titles, text = re.split("[\r\n]", head.lower())[0], ""
         delimiter = max(",\t;|，", key=lambda d: len(known & {title.strip(' "') for title in titles.split(d)}))  # the comma where none is known
         csv.field_size_limit(2**31 - 1)
-        reader = csv.reader(open(path, encoding=name, newline=""), strict=True, delimiter=delimiter)  # noqa: SIM115
-        rows = ((reader.line_num, cells) for cells in reader)
+        rows = csv.reader(open(path, encoding=name, newline=""), strict=True, delimiter=delimiter)  # noqa: SIM115
     header, end = [], 0
     try:
-        for last, cells in rows:
-            line, end = end + 1, last
+        for cells in rows:
+            line, end = end + 1, getattr(rows, "line_num", end + 1)  # a row of a CSV may go over several lines
             if not any(header):
                 header = [name.strip("\ufeff \t") for name in cells]
                 if doubled := {name for name in header if name and header.count(name) > 1}:
@@ -255,12 +246,12 @@ def make_row(cells: dict, folder: Path) -> dict:
         said.insert(0, ("system", cells["system"]))
     messages = [{"role": ROLES.get(role, role), "content": text(content)} for role, content in said]
     if images := cells.get("image") if isinstance(cells.get("image"), list) else re.findall(r"[^;；\n]*[^;；\s]", text(cells.get("image"))):
-        next(m for m in messages if m["role"] == "user")["images"] = paths = [str(folder / text(image)) for image in images]
+        asked, paths = next((m for m in messages if m["role"] == "user"), {"content": ""}), [str(folder / text(image)) for image in images]
+        asked |= {"images": paths, "content": asked["content"].replace("<image>", "").strip()}  # where LLaMA-Factory marks its place, which is always in front here
         [importlib.import_module("prepare_data").open_image(path) for path in paths]
     if bad := {m["role"] for m in messages} - {"system", "user", "assistant"}:
         raise ValueError(f"的角色 {bad.pop()} 不认识，应为 system、user 或 assistant")
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
+    messages = messages[:max((n for n, m in enumerate(messages, 1) if m["role"] == "assistant"), default=0)]  # up to the last answer
     return {"messages": messages} if any(m["role"] == "user" for m in messages) and all(m["content"] for m in messages) else {}
 
 def stream_rows(path: str, encoding: str | None = None, columns: str | None = None, skip_bad_rows: bool = False):
@@ -299,8 +290,7 @@ def load_rows(paths: str | list[str], encoding: str | None = None, columns: str 
         found = [row for row in found if isinstance(row, dict)] or fail(3, f"{name} 里没有可以学的行{'（只读第一张工作表）' * name.endswith('.xlsx')}。{''.join(dropped[:1])}")
         n = max(1, round(float(amount) * (len(found) if "." in amount else 1)))
         rows += found * (n // len(found)) + random.Random(f"{seed} {name}").sample(found, n % len(found))
-    odd = [row["where"] for row in rows if re.search("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd]", row.get("text") or "".join(m["content"] for m in row["messages"]))]
-    if odd:
+    if odd := [row["where"] for row in rows if re.search("[\0-\x08\v\f\x0e-\x1f\x7f\ufffd]", row.get("text") or "".join(m["content"] for m in row["messages"]))]:
         say(f"警告：{len(odd)} 行里有乱码（�）或控制字符，会照样学：{'、'.join(odd[:5])}{' 等' if odd[5:] else ''}")
     return rows, dropped
 
@@ -310,8 +300,7 @@ def load_rows(paths: str | list[str], encoding: str | None = None, columns: str 
 def control_tokens(tokenizer) -> tuple[frozenset, re.Pattern]:
     """Ids of the added tokens (<|eot_id|> and its like, not runs of blanks), and a pattern that matches behind the first character of their texts."""
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip(" \t\r\n▁")}
-    texts = "|".join(re.escape(text) for text in added if len(text) > 1) or "(?!)"
-    return frozenset(added.values()), re.compile(f"(?s)(?<=(?={texts}).)")
+    return frozenset(added.values()), re.compile(f"(?s)(?<=(?={'|'.join(re.escape(text) for text in added if len(text) > 1) or '(?!)'}).)")
 
 def text_ids(tokenizer, text: str, first: bool = False) -> list[int]:
     """Ids of a piece of text that stands inside a longer one (`first`: at its start), with no BOS added. SentencePiece tokenizers put a
@@ -350,21 +339,18 @@ def template_parts(tokenizer, template: str, roles: tuple[str, ...], images: tup
     return texts, [(int(i), space or "") for space, i in zip(pieces[1::3], pieces[2::3])]
 
 def encode(tokenizer, messages: list[dict], max_length: int = sys.maxsize) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) of a conversation; labels are -100 but for the assistant's answers and their end tokens.
-    Ending with an assistant turn it is a training row: exactly the inference prompt's ids, the answer, one end token. Otherwise it is the
-    inference prompt. Over `max_length` the questions are cut first (from the oldest one's end, keeping a quarter of `max_length` for the
-    prompt), then the answer, which then has no end token."""
+    """(input_ids, labels) of a conversation; labels are -100 but for the assistant's answers and their end tokens. Ending with an assistant turn
+    it is a training row: exactly the inference prompt's ids, the answer, one end token. Otherwise it is that prompt. Over `max_length` the
+    questions are cut first (from the oldest one's end, keeping a quarter of it for the prompt), then the answer, which then has no end token."""
     roles, images = tuple(m["role"] for m in messages), tuple(len(m.get("images", ())) for m in messages)
     _, processor, spans = importlib.import_module("prepare_data").see(tokenizer, messages) if any(images) else (None, None, [])
     answered = roles[-1] == "assistant"
     texts, gaps = template_parts(tokenizer, tokenizer.chat_template, roles[:-1] if answered else roles, images, True)
-    if answered:
-        whole, _ = template_parts(tokenizer, tokenizer.chat_template, roles, images, False)
-        texts, gaps = [*texts, whole[-1]], [*gaps, (len(roles) - 1, "")]
+    texts = [*texts, template_parts(tokenizer, tokenizer.chat_template, roles, images, False)[0][-1]] if answered else texts
     if any(images):  # where the template has a token for an image, as many as the model makes of it
         texts = [[i for token in text for i in (spans.pop(0) if token == processor.image_token_id else [token])] for text in texts]
     pieces = [(texts[0], "")]  # (ids, whose they are): the assistant's are learned, the user's may be cut
-    for (i, space), text in zip(gaps, texts[1:]):
+    for (i, space), text in zip([*gaps, (len(roles) - 1, "")], texts[1:]):  # the last gap is the answer's, if there is a text behind it
         end = next((k + 1 for k, token in enumerate(text) if roles[i] == "assistant" and token in control_tokens(tokenizer)[0]), 0)
         pieces += [(content_ids(tokenizer, space + messages[i]["content"]), roles[i]), (text[:end], "assistant"), (text[end:], "")]
     if answered:  # one end token, and nothing after it
@@ -411,23 +397,20 @@ def pick_device(name: str = "auto", dtype: str = "auto") -> tuple:
     return device, torch.float32
 
 def pick_quantization(name: str, path: str, device: str) -> str:
-    """`name`, or for "auto" what fits: 4bit where the weights in `path`, two bytes each, would take over 70 % of a card's free memory, for
-    activations and optimizer need room as well; else none."""
+    """`name`; for "auto" 4bit where the weights in `path`, two bytes each, leave activations and optimizer under 30 % of a card's free memory, else none."""
     if device == "mps" and name in ("4bit", "8bit"):
         say("警告：MPS 上的量化又新又慢，不量化装得下就不要用")
     if name != "auto" or not device.startswith("cuda"):
         return name.replace("auto", "none")
     import torch
-    from safetensors import safe_open
-    files = [safe_open(file, "pt") for file in Path(path).glob("*.safetensors")]
-    need = 2 * sum(math.prod(file.get_slice(key).get_shape()) for file in files for key in file.keys())  # noqa: SIM118 - it is no dict
+    stored = 4 if '"float32"' in Path(path, "config.json").read_text(encoding="utf-8") else 2  # bytes of a weight
+    need = sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) * 2 / stored
     free = torch.cuda.mem_get_info(device)[0]
     say(f"基础模型的半精度权重要 {need / 1e9:.1f} GB，显存空闲 {free / 1e9:.1f} GB：{'用 4bit' if need > 0.7 * free else '不量化'}")
     return "4bit" if need > 0.7 * free else "none"
 
 def find_model(path: str | None) -> str:
-    """`path` if it is a model directory, or the folder of ORG/NAME in the local Hugging Face cache; else exit 4. None is the default model,
-    or the demo model where only that has been downloaded."""
+    """The folder of a model: `path`, or of ORG/NAME in the local Hugging Face cache; for None the default, or the demo if only it is there. Else exit 4."""
     path = path or (DEMO_MODEL if Path(DEMO_MODEL).is_dir() and not Path(DEFAULT_MODEL).is_dir() else DEFAULT_MODEL)
     if Path(path, "config.json").is_file():
         return path
@@ -486,16 +469,13 @@ def question_digest(asked: dict) -> str:
 def fingerprint(path: str) -> str:
     """sha256 over the name, the size and 64 sampled blocks of each weight file in `path`: a moment for 6 GB, not minutes."""
     import numpy
-    sampled = b""
-    for file in sorted(Path(path).glob("*.safetensors")):
-        data = numpy.memmap(file, mode="r")
-        sampled += f"{file.name} {data.size}".encode() + b"".join(data[data.size * block // 64:][:4096] for block in range(64))
-    return sha256(sampled)
+    files = [(file.name, numpy.memmap(file, mode="r")) for file in sorted(Path(path).glob("*.safetensors"))]
+    return sha256(b"".join(f"{name} {data.size}".encode() + b"".join(data[data.size * block // 64:][:4096] for block in range(64)) for name, data in files))
 
 def run_script(main) -> None:
     """Call `main`; Ctrl-C, a closed pipe, a full disk or memory end in a sentence and an exit code, not in a traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 gets escapes, not a crash
-    warnings.simplefilter("ignore")  # the libraries' talk among themselves
+    logging.captureWarnings(True)  # the libraries' talk among themselves, into a log that nobody reads
     logging.getLogger("bitsandbytes").setLevel("ERROR")
     os.environ |= {} if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0" else {"TQDM_DISABLE": "1"}  # bars would fill a log with carriage returns
     try:

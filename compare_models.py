@@ -255,7 +255,7 @@ def main() -> None:
             if name == [*model.peft_config][-1] and can_fold(model):
                 model.merge_adapter([name])  # folded into the weights, a layer is one product instead of three
             with contextlib.nullcontext() if name else model.disable_adapter():
-                answers.append(generate(model, tokenizer, asked, **generation_options(args), progress=lambda n: bar.update(len(answers) * len(rows) + n - bar.n)))
+                answers.append(generate(model, tokenizer, asked, **generation_options(args), progress=bar.update))
                 if bar.disable:  # a log shows no bar, and minutes without a word look like a hang
                     say(f"{'微调' if name else '原始'}模型答完了 {len(rows)} 个问题")
                 for answer, talk in zip(answers[-1], talks if all(talk[-1]["role"] == "assistant" for talk in talks) else ()):

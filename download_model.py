@@ -93,6 +93,17 @@ def verify(folder: Path) -> None:
         cure = "删掉这个文件，再运行同样的下载命令补上它" if there else "目录写错了就改正；没有下载完就再运行同样的下载命令；只有 .bin 权重的模型不能用，换一个"
         fail(4, f"{folder}：{problem}。\n{cure}")
 
+def hub_client(hub: str):
+    """What downloads a whole repository, of the hub's own client."""
+    if hub in ("huggingface", "hf"):
+        from huggingface_hub import snapshot_download
+    else:
+        try:
+            from modelscope_hub.compat.snapshot_download import snapshot_download  # modelscope's own client, without its import of torch
+        except ImportError:
+            from modelscope.hub.snapshot_download import snapshot_download
+    return snapshot_download
+
 def download(model: str, revision: str | None, source: str, endpoint: str, folder: Path) -> None:
     """Fetch a model's files into `folder`, going on where an earlier try broke off; the clients check each file's hash."""
     endpoint = endpoint if "://" in endpoint else f"https://{endpoint}"
@@ -100,15 +111,8 @@ def download(model: str, revision: str | None, source: str, endpoint: str, folde
         fail(6, f"连不上 {endpoint}。检查网络或代理后再运行同样的命令（会接着下载）；\n换一个镜像：--endpoint 网址；换一个来源：--source "
                 f"{'huggingface' if source == 'modelscope' else 'modelscope'}；不用网站的小模型：python download_model.py --demo")
     try:
-        if source == "modelscope":
-            try:
-                from modelscope_hub.compat.snapshot_download import snapshot_download  # modelscope's own client, without its import of torch
-            except ImportError:
-                from modelscope.hub.snapshot_download import snapshot_download
-            snapshot_download(model, revision=revision or "master", local_dir=str(folder), ignore_patterns=UNUSED, endpoint=endpoint)
-        else:
-            from huggingface_hub import snapshot_download
-            snapshot_download(model, revision=revision, local_dir=folder, ignore_patterns=UNUSED, endpoint=endpoint)
+        hub_client(source)(model, revision=revision or {"modelscope": "master"}.get(source), local_dir=str(folder),
+                           ignore_patterns=UNUSED, endpoint=endpoint)
     except Exception as error:  # noqa: BLE001 - two clients, a dozen unrelated types
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         fail(4 if "404" in reason or "not found" in reason.lower() or "not exist" in reason.lower() else 6,
@@ -124,11 +128,7 @@ def fetch(name: str) -> list[str]:
     if hub not in ("hf", "ms") or os.path.exists(name):
         return [name]
     try:
-        if hub == "hf":
-            from huggingface_hub import snapshot_download
-        else:
-            from modelscope_hub.compat.snapshot_download import snapshot_download
-        folder = snapshot_download(dataset, repo_type="dataset", allow_patterns=[f"*{suffix}" for suffix in SUFFIXES])
+        folder = hub_client(hub)(dataset, repo_type="dataset", allow_patterns=[f"*{suffix}" for suffix in SUFFIXES])
     except Exception as error:  # noqa: BLE001 - no network, no such name, no rights: the clients raise a dozen unrelated types
         fail(6, f"数据集 {name} 下载不了：{' '.join(visible(str(error)).split())[:200]}\n检查名字和网络；已经下载的，直接写文件或目录")
     files = {str(p): p.relative_to(folder).as_posix().lower() for p in sorted(Path(folder).rglob("*")) if p.suffix.lower() in SUFFIXES}

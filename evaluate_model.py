@@ -98,7 +98,7 @@ def answer_loss(model, tokenizer, messages: list[dict]) -> tuple[float, int]:
     input_ids = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
         logits = model(input_ids=input_ids, **image_inputs(model, tokenizer, messages, input_ids), use_cache=False, logits_to_keep=len(ids) - start + 1).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor(ids[start:], device=model.device), reduction="sum")
+        loss = torch.nn.functional.cross_entropy(logits.float(), input_ids[0, start:], reduction="sum")
     return loss.item(), len(ids) - start
 
 def row_stats(answer: dict, reference: str | None, laws: dict, labels) -> dict[str, list[float]]:
@@ -140,15 +140,15 @@ def score(key: str, sums):
         ratio = sums[..., 0] / sums[..., 1]
         return np.exp(ratio) if key == "perplexity" else ratio
 
-def collect(rows: list[dict], models: list[list[dict]], names: list[str], seed: int, keys=tuple(METRICS)[:-2], labels=()) -> dict:
+def collect(rows: list[dict], models: list[list[dict]], names: list[str], seed: int, groups=GROUPS[:-1], labels=()) -> dict:
     """What the tables, the files and the page show: the metrics of all models, each later one against the first, and row by row the answers.
-    A metric is left out where the rows lack what it needs, or where no model has anything to score (the last two are the general probe's)."""
+    A metric is left out where the rows lack what it needs, or where no model has anything to score (the last group is the general probe's)."""
     import numpy as np
     laws = {law["law"]: set(law["articles"].split()) for _, law in read_table(str(Path(__file__).with_name("datasets") / "laws_index.csv"))}
     references = [row["messages"][-1]["content"] if row["messages"][-1]["role"] == "assistant" else None for row in rows]
     stats = [[row_stats(answer, reference, laws, labels) for answer, reference in zip(answers, references)] for answers in models]
     metrics, by_row = [], {}
-    for key in (key for key in keys if all(key in vectors for own in stats for vectors in own)):
+    for key in (key for key in METRICS if METRICS[key][0] in groups and all(key in vectors for own in stats for vectors in own)):
         vectors = [np.array([vectors[key] for vectors in own], dtype=float) for own in stats]
         by_model = [score(key, np.vstack([own.sum(0), own])) for own in vectors]  # of all the rows, then of each
         scores, *row_scores = np.where(np.isfinite(by_model), by_model, None).T.tolist()
@@ -226,8 +226,7 @@ def main() -> None:
         say(f"警告：{line}")
 
     # ---- 2. The model, the batches, and what is there of a former try ----
-    model, tokenizer = load_model(args.base_model, adapter, args.device, force=args.force, quantization=args.quantization,
-                                  trust_remote_code=args.trust_remote_code)
+    model, tokenizer = load_model(args.base_model, adapter, args.device, False, args.force, args.quantization, args.trust_remote_code)
     args.system = run.get("args", {}).get("system") if args.system is None else args.system
     talks = [conversation(row["messages"], args.system) for row in rows + probe]
     for talk in talks[len(rows):]:  # 巴黎|Paris: either will do; the likelihood is that of the first
@@ -277,11 +276,10 @@ def main() -> None:
 
     # ---- 4. Figures and files ----
     answers = [[done[m, i] for i in range(len(talks))] for m in range(len(names))]
-    keys = [key for key in METRICS if METRICS[key][0] in groups - {"probe"}]
     results = {"title": "微调前后评估", "warnings": warnings, **describe_run(model, [adapter] if adapter else [], args, args.test_data),
-               **collect(rows, [own[:len(rows)] for own in answers], names, args.seed, keys, labels)}
+               **collect(rows, [own[:len(rows)] for own in answers], names, args.seed, groups - {"probe"}, labels)}
     if probe:
-        general = collect(probe, [own[len(rows):] for own in answers], names, args.seed, ("probe_correct", "probe_nll"))
+        general = collect(probe, [own[len(rows):] for own in answers], names, args.seed, {"probe"})
         results |= {"metrics": results["metrics"] + general["metrics"], "probe": general["rows"]}
     titles = ["回答", *(METRICS[key][1] for key in results["rows"][0]["answers"][0]["scores"])]
     lines = [["问题", "参考回答", *(f"{name}：{title}" for name in names for title in titles)], *([row["question"], row["reference"], *(

@@ -159,7 +159,7 @@ def adapter_parts(adapter: str, config) -> tuple[dict, list[tuple]]:
     lora, tensors = json.loads(Path(adapter, "adapter_config.json").read_text(encoding="utf-8")), []
     for key, x in load_file(Path(adapter, "adapter_model.safetensors")).items():
         module, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        if {"lora_A": x.shape[0], "lora_B": x.shape[-1]}.get(half) != lora["r"] or lora.get("alpha_pattern") or module == "lm_head" and config.tie_word_embeddings:
+        if {"lora_A": x.shape[0], "lora_B": x.shape[-1]}.get(half) != lora.get("r", 0) or lora.get("alpha_pattern") or module == "lm_head" and config.tie_word_embeddings:
             fail(4, f"llama.cpp 的 LoRA 文件装不下 {adapter} 里的 {key}（{lora['peft_type']}）。先合并再转换：去掉 --adapter_gguf")
         name, reorder = gguf_weight(config, f"{module}.weight")
         x = reorder(x.float().numpy()) if half == "lora_B" else x.float().numpy()

@@ -9,6 +9,7 @@
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import re
@@ -49,8 +50,7 @@ def make_inference_parser(doc: str) -> argparse.ArgumentParser:
 
 def generation_options(args) -> dict:
     """The keyword arguments of `generate` in a namespace; what it lacks, or has as None, keeps its default."""
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "answer_batch_size")
-    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+    return {name: getattr(args, name) for name in generate.__kwdefaults__ if getattr(args, name, None) is not None}
 
 def read_questions(path: str, answers: bool = False) -> list[list[dict]]:
     """A conversation for each line of a text file but for blank ones and # comments, or for each row of a data file up to its answer, or with it."""
@@ -61,14 +61,14 @@ def read_questions(path: str, answers: bool = False) -> list[list[dict]]:
     lines = [line.strip() for line in decode(Path(path).read_bytes(), path)[0].splitlines()]
     return [conversation(line) for line in lines if line and not line.startswith("#")] or fail(3, f"{path} 里没有问题；一行写一个")
 
-def keep_questions(path: str, *outputs) -> None:
-    """Exit 2 where one of `outputs` (None: nothing is written) is the file of questions."""
-    if clash := next((output for output in outputs if output and Path(output).resolve() == Path(path).resolve()), None):
+def keep_questions(path: str | None, *outputs) -> None:
+    """Exit 2 where one of `outputs` (None: nothing is written) is the file of questions (None: there is none)."""
+    if clash := next((output for output in outputs if path and output and Path(output).resolve() == Path(path).resolve()), None):
         fail(2, f"{clash} 就是问题文件，写到那里会盖掉它。给 --output、--json 或 --report 换一个名字")
 
-def conversation(asked: str | list[dict], system: str | None = None) -> list[dict]:
-    """The messages of a question, or those given, after the system prompt if there is one and they have none of their own."""
-    messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+def conversation(asked: str | list[dict], system: str | None = None, images=()) -> list[dict]:
+    """The messages of a question (`images`: with these), or those given, after the system prompt if there is one and they have none of their own."""
+    messages = [{"role": "user", "content": asked, **({"images": images} if images else {})}] if isinstance(asked, str) else asked
     return [*messages] if not system or messages and messages[0]["role"] == "system" else [{"role": "system", "content": system}, *messages]
 
 # ---- 2. Loading ----
@@ -97,10 +97,8 @@ def run_record(adapter: str | None) -> dict:
 def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: bool = False):
     """`model` with the LoRA in `adapter` put on; exit 4 where they do not belong together (`force`: a warning). PEFT itself loads an adapter
     of another base of the same shape, one with missing keys, and one full of NaN."""
-    import torch
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
-    problems, base = [], (model.get_base_model() if hasattr(model, "peft_config") else model).name_or_path
     try:
         weights = load_file(Path(adapter, "adapter_model.safetensors"))
         if hasattr(model, "peft_config"):
@@ -108,19 +106,17 @@ def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: b
         else:
             model = PeftModel.from_pretrained(model, adapter, name, torch_device=str(model.device))
     except Exception as error:  # noqa: BLE001 - missing, truncated, wrong shape, broken config: a dozen unrelated types
-        fail(4, f"LoRA {adapter} 装不到 {base} 上：{str(error).splitlines()[0][:200]}")
-    if bad := next((key for key, value in weights.items() if not torch.isfinite(value).all()), None):
-        problems.append(f"权重 {bad} 里有 NaN 或无穷大")
+        fail(4, f"LoRA {adapter} 装不到 {model.name_or_path} 上：{str(error).splitlines()[0][:200]}")
+    problems = [f"权重 {key} 里有 NaN 或无穷大" for key, value in weights.items() if not value.isfinite().all()][:1]
     if not any(value.any() for key, value in weights.items() if not re.search("lora_(A|embedding_B|magnitude)", key)):
         problems.append("权重全是零，等于没有训练过")
-    if different := set(weights) ^ set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=any(".base_layer." in key for key in weights))):
-        problems.append(f"权重名和模型对不上，例如 {min(different)}")
+    expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=any(".base_layer." in key for key in weights))
+    problems += [f"权重名和模型对不上，例如 {key}" for key in sorted(weights.keys() ^ expected.keys())[:1]]
     made = {Path(adapter, name): entry["sha256"] for name, entry in read_json_file(Path(adapter, "manifest.json")).get("files", {}).items()}
     problems += [f"{file.name} 不是训练时写的那个" for file, digest in made.items() if not file.is_file() or sha256(file.read_bytes()) != digest]
-    run, config = run_record(adapter), model.peft_config[name]
-    if run:
-        pairs = [("基础模型的权重", run["base_fingerprint"], fingerprint(base)), ("对话模板", run["template_sha256"], sha256(tokenizer.chat_template))]
-        begun = run["args"].get("init_lora_weights") or run["args"].get("peft_method", "")
+    if run := run_record(adapter):
+        pairs = [("基础模型的权重", run["base_fingerprint"], fingerprint(model.name_or_path)), ("对话模板", run["template_sha256"], sha256(tokenizer.chat_template))]
+        config, begun = model.peft_config[name], run["args"].get("init_lora_weights") or run["args"].get("peft_method", "")
         if hasattr(config, "r") and begun[:5] not in ("pissa", "olora"):  # those are saved with twice the rank
             pairs += [("lora_r", run["args"]["lora_r"], config.r), ("lora_alpha", run["args"]["lora_alpha"], config.lora_alpha)]
         problems += [f"{what}和训练时不同（{str(then)[:12]} → {str(now)[:12]}）" for what, then, now in pairs if then != now]
@@ -168,12 +164,12 @@ def roomy_cache(model):
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
-def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 0.9, top_k: int = 50,
-             repetition_penalty: float = 1.0, seed: int = 42, answer_batch_size: int = 32, streamer=None, progress=lambda done: None) -> list[dict]:
+def generate(model, tokenizer, conversations: list[list[dict]], *, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 0.9, top_k: int = 50,
+             repetition_penalty: float = 1.0, seed: int = 42, answer_batch_size: int = 32, streamer=None, progress=lambda rows: None) -> list[dict]:
     """Answers to `conversations`, in their order: {"text", "tokens", "stopped", "seconds"} each; greedy at temperature 0. Prompts of like length
     go together, padded on the left, and each greedy answer is the one it would be alone (in fp32); one that is drawn or penalised depends on its
     neighbours, and a long prompt leaves them less room, so those are made one by one. `stopped`: the model ended by itself. `seconds`: a batch's
-    time divided by its rows. `progress` is called with the number of answers done."""
+    time divided by its rows. `progress` is called after each batch with the number of its rows."""
     import torch
     prompts = [encode(tokenizer, messages)[0] for messages in conversations]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -199,7 +195,7 @@ def generate(model, tokenizer, conversations: list[list[dict]], max_new_tokens: 
         for i, ids in zip(rows, output[:, width:].tolist()):
             end = next((k for k, token in enumerate(ids) if token in ends), None)
             answers[i] = {"text": tokenizer.decode(ids[:end], skip_special_tokens=True).strip(), "tokens": len(ids[:end]), "stopped": end is not None, "seconds": seconds}
-        progress(start + len(rows))
+        progress(len(rows))
     return answers
 
 def generate_response(model, tokenizer, question: str, args=None) -> str:
@@ -224,12 +220,11 @@ def chat(model, tokenizer, args) -> None:
     say("开始聊天。/help 看命令，/exit 退出")
     while True:
         try:
-            line = input("\n你：" if sys.stdin.isatty() else "").strip()
+            if (line := input("\n你：" if sys.stdin.isatty() else "").strip()) in ("/exit", "exit", "quit", "退出"):
+                return
         except (EOFError, KeyboardInterrupt):
             return print()
         command, rest = [*line.split(maxsplit=1), "", ""][:2]
-        if line in ("/exit", "exit", "quit", "退出"):
-            return
         if command == "/help":
             print(HELP)
         elif command == "/undo":
@@ -239,12 +234,10 @@ def chat(model, tokenizer, args) -> None:
             system, turns = system if command == "/reset" else rest, []
             print(f"已清空对话。系统提示词：{system or '无'}")
         elif command == "/image":
-            try:
-                importlib.import_module("prepare_data").open_image(rest)
+            with contextlib.suppress(SystemExit):  # why an image cannot be used has been said then
+                importlib.import_module("prepare_data").see(tokenizer, conversation("", images=[rest]))
                 images = [*images, rest]
                 print(f"下一个问题带 {len(images)} 张图片。")
-            except ValueError as error:
-                print(f"给{error}")
         elif command == "/save":
             try:
                 Path(rest).write_text(json.dumps(conversation(turns, system), ensure_ascii=False, indent=1), encoding="utf-8")
@@ -254,14 +247,11 @@ def chat(model, tokenizer, args) -> None:
         elif command.startswith("/"):
             print(f"没有 {command} 这个命令，/help 看全部。")
         elif line:
-            turns, images = [*turns, {"role": "user", "content": line, **({"images": images} if images else {})}], []
+            turns, images = [*turns, *conversation(line, images=images)], []
             while len(turns) > 1 and len(encode(tokenizer, conversation(turns, system))[0]) > window:
                 turns = turns[2:]
             said, printer = [], TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            def show(text: str, stream_end: bool = False, said: list = said) -> None:
-                said.append(text)
-                print(visible(text), end="\n" * stream_end, flush=True)
-            printer.on_finalized_text = show
+            printer.on_finalized_text = lambda text, stream_end=False, said=said: (said.append(text), print(visible(text), end="\n" * stream_end, flush=True))
             try:
                 answer = generate(model, tokenizer, [conversation(turns, system)], streamer=printer, **generation_options(args))[0]["text"]
             except (KeyboardInterrupt, SystemExit):  # a question that is too long has been told so
@@ -281,11 +271,10 @@ def main() -> None:
     add("--merge", action=argparse.BooleanOptionalAction, default=True, help="把 LoRA 合并进权重，生成更快（量化时不合并）")
     add("--clean_repeats", action="store_true", help="去掉回答末尾的重复")
     args = parse_args(parser)
-    if args.prompt_file:
-        keep_questions(args.prompt_file, args.output)
+    keep_questions(args.prompt_file, args.output)
     if not (args.prompt or args.prompt_file or args.interactive) or len(args.lora_weights or []) > 1:
         fail(2, '加 --interactive 聊天，或 --prompt "问题"，或 --prompt_file FILE；--lora_weights 一次一个，几个一起用 compare_models.py')
-    questions = read_questions(args.prompt_file) if args.prompt_file else [conversation([{"role": "user", "content": args.prompt, **({"images": args.image} if args.image else {})}])] if args.prompt else []
+    questions = read_questions(args.prompt_file) if args.prompt_file else [conversation(args.prompt, images=args.image)] if args.prompt else []
     adapter = None if args.use_original_model else find_adapter(args.lora_weights and args.lora_weights[0])
     model, tokenizer = load_model(args.base_model, adapter, args.device, args.merge, args.force, args.quantization, args.trust_remote_code)
     args.system = run_record(adapter).get("args", {}).get("system") if args.system is None else args.system
@@ -296,7 +285,7 @@ def main() -> None:
     with tqdm(total=len(questions), desc="回答", disable=len(questions) == 1 or not sys.stderr.isatty()) as bar:
         for first in range(0, len(questions), args.answer_batch_size):  # Ctrl-C loses one batch, not all that was answered
             asked = questions[first:first + args.answer_batch_size]
-            answers = generate(model, tokenizer, [conversation(q, args.system) for q in asked], **generation_options(args), progress=lambda n: bar.update(first + n - bar.n))  # noqa: B023
+            answers = generate(model, tokenizer, [conversation(q, args.system) for q in asked], **generation_options(args), progress=bar.update)
             first == 0 and args.output and out.seekable() and out.truncate(0)  # the old answers stay until there are new ones; /dev/stdout cannot be cut
             for question, answer in zip((q[-1]["content"] for q in asked), answers):
                 text = clean_repeats(answer["text"]) if args.clean_repeats else answer["text"]

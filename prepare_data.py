@@ -19,21 +19,49 @@ import tempfile
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
+from itertools import groupby, islice
 from pathlib import Path
 
 from common import fail, make_parser, number, parse_args, run_script, say, sha256, stream_rows, visible
 from download_model import fetch
 
 SPLITS = {"train": "训练", "validation": "验证", "test": "测试"}
-HASHES, PER_BAND = 128, 4  # two questions that share 60 % of their trigrams are found with 1 - (1 - 0.6 ** 4) ** 32 = 98.8 %; 70 %: 99.98 %
+FORMATS = {"alpaca": ("instruction", "input", "output", "system", "image"), "qa": ("question", "answer", "system", "image"),
+           "messages": ("messages", "image"), "text": ("text",)}  # columns; system and image only where there are some
+HASHES = 128  # in bands of 4: two questions that share 60 % of their trigrams are found with 1 - (1 - 0.6 ** 4) ** 32 = 98.8 %; 70 %: 99.98 %
 
 # ---- 1. Rows ----
 
 def ask_and_answer(row: dict) -> tuple[str, str]:
     """What is asked in a row and what is answered, all turns of a conversation; of a text learned whole, the text and nothing."""
     turns = row.get("messages") or [{"role": "user", "content": row["text"]}]
-    question, answer = ("\n".join(m["content"] for m in turns if m["role"] == role) for role in ("user", "assistant"))
-    return (question, answer) if question else (answer, "")
+    return tuple("\n".join(m["content"] for m in turns if m["role"] == role) for role in ("user", "assistant"))
+
+def make_record(row: dict, columns: list[str], instruction: str) -> dict:
+    """The row's cells under `columns`, without a system or image that it lacks; `instruction` (of a classification) comes before the question."""
+    if "text" in row:
+        return {"text": row["text"]}
+    turns = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+    question, answer = turns[-2]["content"], turns[-1]["content"]
+    turns[-2]["content"] = asked = f"{instruction}\n{question}" if instruction else question
+    images = [os.path.abspath(path) for m in row["messages"] for path in m.get("images", ())]
+    cells = {"messages": turns, "text": "\n".join(m["content"] for m in turns), "question": asked, "answer": answer,
+             "instruction": instruction or question, "input": question if instruction else "", "output": answer,
+             "system": turns[0]["content"] if turns[0]["role"] == "system" else None, "image": ";".join(images) or None}
+    return {name: cells[name] for name in columns if cells[name] is not None}
+
+def write_records(path: Path, records, columns: list[str]) -> None:
+    """JSON Lines, or a CSV that Excel opens, by the name of `path`; in one stroke."""
+    from tqdm import tqdm
+    staging, records = path.with_name(f".tmp-{path.name}"), tqdm(records, desc=f"写 {path.name}", unit="行")
+    with open(staging, "w", newline="", encoding="utf-8-sig" if path.suffix == ".csv" else "utf-8") as file:
+        if path.suffix == ".csv":
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows({name: cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False) for name, cell in r.items()} for r in records)
+        else:
+            file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+    os.replace(staging, path)
 
 # ---- 2. Images ----
 
@@ -46,7 +74,7 @@ def open_image(path: str):
                 return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # noqa: BLE001 - broken and hostile files raise a dozen unrelated types
         problem = "不存在" if isinstance(error, FileNotFoundError) else f"打不开：{visible(str(error))[:100]}"
-    raise ValueError(f"的图片 {visible(path)} {problem}")
+    raise ValueError(f"图片 {visible(path)} {problem}")
 
 @functools.lru_cache(maxsize=2)
 def image_processor(path: str):
@@ -54,9 +82,8 @@ def image_processor(path: str):
     import transformers
     try:
         kind = transformers.models.auto.processing_auto.PROCESSOR_MAPPING[type(transformers.AutoConfig.from_pretrained(path, local_files_only=True))]
-        def start(self, image_processor, tokenizer, **options):
-            kind.__init__(self, image_processor, tokenizer, **options)
-        return type("ImageProcessor", (kind,), {"__init__": start}).from_pretrained(path, local_files_only=True)
+        parts = {"get_attributes": staticmethod(lambda: ["image_processor", "tokenizer"])}
+        return type("ImageProcessor", (kind,), parts).from_pretrained(path, local_files_only=True)
     except Exception as error:  # noqa: BLE001 - no processor, no files, broken ones: a dozen unrelated types
         fail(4, f"数据里有图片，模型 {path} 看不了（{visible(str(error))[:150]}）。换 Qwen3-VL、Qwen2.5-VL 这样的模型；只学文字就去掉 image 列")
 
@@ -66,48 +93,16 @@ def see(tokenizer, messages: list[dict]) -> tuple:
     try:
         inputs = processor.image_processor([open_image(path) for path in paths], return_tensors="pt")
     except ValueError as error:
-        fail(3, f"{'、'.join(paths)[:200]} 这样的图片不能用：{visible(str(error))[:200]}")
+        fail(3, f"{visible(str(error))[:200]}（图片：{visible('、'.join(paths))[:200]}）")
     return inputs, processor, tokenizer([processor.replace_image_token(inputs, k) for k in range(len(paths))], add_special_tokens=False).input_ids
-
-def make_record(row: dict, format_type: str, instruction: str) -> dict:
-    """The row under the column names of `format_type`; `instruction` (of a classification) comes before the question."""
-    if format_type == "text" and "text" in row:
-        return {"text": row["text"]}
-    turns = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
-    paths = [os.path.abspath(path) for m in row["messages"] for path in m.get("images", ())]
-    images = {"image": ";".join(paths)} if paths else {}
-    if instruction and format_type != "alpaca":
-        turns[-2] = {"role": "user", "content": f"{instruction}\n{turns[-2]['content']}"}
-    if format_type in ("messages", "text"):
-        return {"messages": turns} | images if format_type == "messages" else {"text": "\n".join(m["content"] for m in turns)}
-    question, answer = turns[-2]["content"], turns[-1]["content"]
-    record = {"question": question, "answer": answer} if format_type == "qa" else {
-        "instruction": instruction or question, "input": question if instruction else "", "output": answer}
-    return record | ({"system": turns[0]["content"]} if len(turns) == 3 else {}) | images
-
-def write_records(path: Path, records, columns: list[str]) -> None:
-    """JSON Lines, or a CSV that Excel opens, by the name of `path`; in one stroke."""
-    from tqdm import tqdm
-    staging = path.with_name(f".tmp-{path.name}")
-    with open(staging, "w", newline="", encoding="utf-8-sig" if path.suffix == ".csv" else "utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        if path.suffix == ".csv":
-            writer.writeheader()
-        for record in tqdm(records, desc=f"写 {path.name}", unit="行"):
-            if path.suffix == ".csv":
-                writer.writerow({name: cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False) for name, cell in record.items()})
-            else:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    os.replace(staging, path)
 
 # ---- 3. Rows that ask the same stay together ----
 
 def sketch(texts: list[str]):
     """MinHash signatures, numpy bytes (texts, HASHES): two texts agree in that share of bytes in which their character trigrams overlap."""
     import numpy as np
-    codes, lengths = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32), np.array([len(text) for text in texts])
-    ends = lengths.cumsum()
-    cuts = np.stack([ends - lengths, ends - 2], axis=1).ravel()[:-1]  # every second piece runs over into the next text
+    codes, ends = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32), np.cumsum([len(text) for text in texts])
+    cuts = np.append(0, np.stack([ends - 2, ends], axis=1))[:-2]  # every second piece runs over into the next text
     mixed = codes[:-2] * np.uint32(0x9E3779B1) + codes[1:-1] * np.uint32(0x85EBCA77) + codes[2:] * np.uint32(0xC2B2AE3D)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         mixed = (mixed ^ mixed >> shift) * np.uint32(factor)
@@ -118,8 +113,7 @@ def sketch(texts: list[str]):
 def find_groups(read, total: int, similarity: float):
     """For each of the rows read(0) … read(total - 1) the first row of its group, and the first with the same question (numpy integers).
     A group is what hangs together by pairs of questions whose trigrams overlap by `similarity` (1 = only the same). Likely
-    pairs come from sorting the signatures by four bytes at a time; whether they are alike is decided on the questions.
-    """
+    pairs come from sorting the signatures by four bytes at a time; whether they are alike is decided on the questions."""
     import numpy as np
     from tqdm import tqdm
     sample = range(0, total, total // 5000 + 1)
@@ -133,25 +127,21 @@ def find_groups(read, total: int, similarity: float):
         return (re.sub(r"[\W_]+", "", text) or "".join(text.split())).ljust(3)
     @functools.lru_cache(maxsize=20_000)
     def trigrams(i: int) -> frozenset:
-        text = key(i)
-        return frozenset(text[k:k + 3] for k in range(len(text) - 2))
+        return frozenset(re.findall("(?=(...))", key(i)))
     def root(i: int) -> int:
         while groups[i] != i:
             i = groups[i]
         return int(i)
-    hashes, signatures = np.empty(total, np.int64), np.empty((total, HASHES), np.uint8)
-    with tqdm(total=total, desc="比较问题", unit="行") as bar:
-        for start in range(0, total, 512):
-            texts = [key(i) for i in range(start, min(start + 512, total))]
-            hashes[start:start + 512] = [hash(text) for text in texts]
-            signatures[start:start + 512] = sketch(texts)
-            bar.update(len(texts))
+    hashes, signatures = array("q"), np.empty((total, HASHES), np.uint8)
+    questions = iter(tqdm(map(key, range(total)), desc="比较问题", unit="行", total=total))
+    while texts := list(islice(questions, 512)):
+        signatures[len(hashes):len(hashes) + 512] = sketch(texts)
+        hashes.extend(map(hash, texts))
     _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    same, bands = first[inverse], signatures.view(np.uint32)
-    groups, first = same.copy(), np.sort(first)
-    for band in tqdm(range(HASHES // PER_BAND if similarity < 1 else 0), desc="找相近的", unit="遍"):
-        order = first[np.argsort(bands[first, band], kind="stable")]
-        keys = bands[order, band]
+    groups, same, first = first[inverse], first[inverse], np.sort(first)
+    for band in tqdm(signatures.view(np.uint32).T if similarity < 1 else (), desc="找相近的", unit="遍"):
+        order = first[np.argsort(band[first], kind="stable")]
+        keys = band[order]
         for gap in (1, 2, 3):  # among many equal keys not every pair is looked at; the other bands sort them otherwise
             for at in np.array_split(np.flatnonzero(keys[gap:] == keys[:-gap]), 1 + len(keys) // 50_000):
                 left, right = order[at], order[at + gap]
@@ -166,22 +156,17 @@ def find_groups(read, total: int, similarity: float):
 
 def choose_splits(groups: list[int], strata: list[str], ratios: dict[str, float], seed: int) -> list[str]:
     """The split of each row: groups stay whole, each stratum gives its share, and what rounding leaves goes to the next one."""
-    sizes, members = Counter(groups), defaultdict(list)
-    for group in sizes:  # named by its first row, whose stratum it belongs to
-        members[strata[group]].append(group)
-    chosen, owed, rng = {}, dict.fromkeys(ratios, 0.0), random.Random(seed)
+    sizes, chosen, owed, rng = Counter(groups), {}, dict.fromkeys(ratios, 0.0), random.Random(seed)
     shares = {split: max(1, int(ratio * len(groups) + 0.5)) / len(groups) if ratio else 0.0 for split, ratio in ratios.items()}
-    for stratum in sorted(members):
-        rng.shuffle(members[stratum])
-        total = left = sum(sizes[group] for group in members[stratum])
+    for _, members in groupby(sorted(sizes, key=strata.__getitem__), strata.__getitem__):  # a group belongs to the stratum of its first row, its name
+        rng.shuffle(members := list(members))
+        total = left = sum(sizes[group] for group in members)
         for split, share in shares.items():
             owed[split] += share * total
-            wanted, got = min(int(owed[split] + 0.5), left - 1), 0  # one row at least stays for training
             for part in (1, 0.5):  # what fits; then what is larger than the gap, but not twice as large
-                for group in members[stratum]:
-                    if group not in chosen and got < wanted and got + part * sizes[group] <= wanted and got + sizes[group] < left:
-                        chosen[group], got = split, got + sizes[group]
-            owed[split], left = owed[split] - got, left - got
+                for group in members:
+                    if group not in chosen and part * sizes[group] <= int(owed[split] + 0.5) and sizes[group] < left:  # one row stays for training
+                        chosen[group], owed[split], left = split, owed[split] - sizes[group], left - sizes[group]
     return [chosen.get(group, "train") for group in groups]
 
 # ---- 4. Something to try ----
@@ -205,7 +190,7 @@ def main() -> None:
     add("--output_dir", default="./datasets/prepared", help="输出目录")
     add("--overwrite", action="store_true", help="替换输出目录里原有的结果")
     add("--format", choices=("jsonl", "csv"), default="jsonl", help="文件格式：jsonl、csv")
-    add("--format_type", choices=("alpaca", "qa", "messages", "text"), help="列：alpaca、qa、messages、text；默认按内容选")
+    add("--format_type", choices=tuple(FORMATS), help="列：alpaca、qa、messages、text；默认按内容选")
     add("--create_sample", type=number(int, 1, 10_000), metavar="N", help="只写 N 行示例数据")
     add = parser.add_argument_group("筛选和划分").add_argument
     add("--val_ratio", type=number(float, 0, 0.9), default=0.1, help="分作验证的比例（0 = 不分）")
@@ -252,8 +237,8 @@ def main() -> None:
             continue
         where, question, answer = row["where"], *ask_and_answer(row)
         length, whole = len(question) + len(answer), hash(json.dumps({**row, "where": ""}))
-        if whole in seen or length < args.min_chars or 0 < args.max_chars < length:
-            drops["和前面的某行完全相同" if whole in seen else "太短" if length < args.min_chars else "太长"].append(where)
+        if reason := "和前面的某行完全相同" if whole in seen else "太短" if length < args.min_chars else "太长" if 0 < args.max_chars < length else "":
+            drops[reason].append(where)
             continue
         seen.add(whole)
         starts.append(spool.tell())
@@ -281,20 +266,16 @@ def main() -> None:
     splits = choose_splits(groups.tolist(), labels, {"test": args.test_ratio, "validation": args.val_ratio}, args.seed)
     count = Counter(zip(splits, labels))
     instruction = f"判断下面的文本属于哪一类，只回答类别。类别：{'、'.join(sorted(names))}" if classify else ""
-    header = {"text": ["text"], "messages": ["messages"], "qa": ["question", "answer"], "alpaca": ["instruction", "input", "output"]}[format_type]
-    header += [name for name in ("system", "image") if name in kinds and (format_type in ("qa", "alpaca") or name == "image")]
+    header = [name for name in FORMATS[format_type] if name in kinds or name not in ("system", "image")]
     written = [split for split in SPLITS if split in splits]
     for split in written:
-        write_records(files[split], (make_record(read(i), format_type, instruction) for i in range(n) if splits[i] == split), header)
+        write_records(files[split], (make_record(read(i), header, instruction) for i in range(n) if splits[i] == split), header)
     for path in set(old) - {files[split] for split in written}:  # only now that the new ones are whole
         path.unlink()
 
     # ---- Report ----
-    sizes, members, lengths = Counter(groups.tolist()), defaultdict(list), sorted(lengths)
-    for i, group in enumerate(groups.tolist()):
-        if sizes[group] > 1:
-            members[group].append(i)
-    alike = sorted(members.values(), key=len, reverse=True)
+    lengths, by_group = sorted(lengths), groupby(groups.argsort(kind="stable"), groups.__getitem__)
+    alike = sorted((rows for _, members in by_group if len(rows := list(members)) > 1), key=len, reverse=True)
     def listed(wheres: list[str], limit: int) -> str:
         return "、".join(wheres[:limit]) + (" 等" if len(wheres) > limit else "")
     def report(limit: int) -> str:
@@ -311,10 +292,9 @@ def main() -> None:
             lines += ["", f"最多的标签是最少的 {ratio:.1f} 倍" + ("：很不均衡，给少的补一些，评估时看每一类的召回率" if ratio > 5 else "")]
         return "\n".join(lines)
 
-    files["report"] = folder / "data_report.md"
-    files["report"].write_text(report(1000) + "\n", encoding="utf-8")
+    (folder / "data_report.md").write_text(report(1000) + "\n", encoding="utf-8")
     print(report(5))
-    say(f"报告在 {files['report']}。接着训练：python train.py --dataset_name {files['train']}" + f" --val_data {files['validation']}" * ("validation" in splits))
+    say(f"报告在 {folder / 'data_report.md'}。接着训练：python train.py --dataset_name {files['train']}" + f" --val_data {files['validation']}" * ("validation" in splits))
 
 if __name__ == "__main__":
     run_script(main)

@@ -12,7 +12,6 @@ import itertools
 import math
 import re
 import shutil
-import time
 import timeit
 from pathlib import Path
 
@@ -23,28 +22,23 @@ from common import encode, fail, find_model, load_base, load_rows, load_tokenize
 def perplexity(model, rows: list[tuple]) -> float:
     """exp of the mean loss over the label tokens of `rows`, (input_ids, labels) each."""
     import torch
-    from torch.nn.functional import cross_entropy
-    def loss(ids: list[int], labels: list[int]) -> float:
-        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, :-1].float()
-        return cross_entropy(logits, torch.tensor(labels[1:], device=model.device), reduction="sum").item()
+    counts = [sum(label != -100 for label in labels[1:]) for _, labels in rows]
     with torch.inference_mode():
-        return math.exp(sum(loss(*row) for row in rows) / sum(label != -100 for _, labels in rows for label in labels[1:]))
+        means = [model(**{name: torch.tensor([ids], device=model.device) for name, ids in zip(("input_ids", "labels"), row)}).loss.item() for row in rows]
+    return math.exp(sum(mean * n for mean, n in zip(means, counts)) / sum(counts))
 
 def tokens_per_second(model, rows: list[tuple]) -> float:
     """Tokens that the model reads in a second, from each row's best time of five: other programs only make it longer."""
     import torch
-    def seconds(ids: list[int]) -> float:
-        began = time.perf_counter()
-        model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1].argmax().item()  # .item() waits for the device
-        return time.perf_counter() - began
+    def seconds(ids: list[int]) -> float:  # .item() waits for the device
+        return min(timeit.repeat(lambda: model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1].argmax().item(), number=1, repeat=5))
     with torch.inference_mode():
-        return sum(len(ids) for ids, _ in rows) / sum(min(seconds(ids) for _ in range(5)) for ids, _ in rows)
+        return sum(len(ids) for ids, _ in rows) / sum(seconds(ids) for ids, _ in rows)
 
 def run_with_hooks(model, rows: list[tuple], modules: list, hook) -> None:
-    """Run `model` over `rows` with `hook(index, inputs, output)` called after each of `modules`."""
+    """Run `model` over `rows` with `hook(index, inputs, output)`, which returns nothing, called after each of `modules`."""
     import torch
-    # a hook that returns something replaces the output: this one returns nothing
-    handles = [m.register_forward_hook(lambda _, inputs, kwargs, output, i=i: hook(i, inputs or tuple(kwargs.values()), output) and None, with_kwargs=True)
+    handles = [m.register_forward_hook(lambda _, inputs, kwargs, output, i=i: hook(i, inputs or tuple(kwargs.values()), output), with_kwargs=True)
                for i, m in enumerate(modules)]
     with torch.inference_mode():
         for ids, _ in rows:
@@ -104,9 +98,8 @@ def zero_small_weights(model, ratio: float, scope: str) -> float:
     with torch.no_grad():
         if scope == "global":
             # in bins, as the numbers of all matrices together are too many to sort
-            sizes, top = torch.zeros(100_000, dtype=torch.float64), max(float(w.abs().max()) for w in weights)
-            for weight in weights:
-                sizes += torch.histc(weight.abs().float().cpu(), len(sizes), 0, top)
+            top = max(float(w.abs().max()) for w in weights)
+            sizes = sum(torch.histc(w.abs().float().cpu(), 100_000, 0, top).double() for w in weights)
             threshold = top * int(torch.searchsorted(sizes.cumsum(0), ratio * float(sizes.sum()))) / len(sizes)
         for weight in weights:
             size = weight.abs().float()
@@ -118,7 +111,7 @@ def zero_small_weights(model, ratio: float, scope: str) -> float:
             weight.mul_(mask)
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
 
-# ---- 4. For train.py: what a run costs, and what a teacher adds ----
+# ---- 4. For train.py: what a run costs, a model in pieces, and what a teacher adds ----
 
 def estimate(args, lengths: list[int], rows_per_step: int, total_steps: int) -> str:
     """The rows' `lengths` (tokens, sorted), and about what train.py with `args` takes for them: from the weights' shapes and the time of a product."""
@@ -144,19 +137,29 @@ def estimate(args, lengths: list[int], rows_per_step: int, total_steps: int) -> 
     costs = f"{device} 上大约要 {gigabytes:.1f} GB 内存、{seconds / 3600:.1f} 小时（都可能差一倍）。什么也没有写"
     return "\n".join(["每行的 token 数：", *bars, f"每步 {rows_per_step} 行，每轮 {epoch} 步，共 {total_steps} 步；{costs}"])
 
-def load_teacher(path: str, tokenizer, student, quantization: str, trust_remote_code: bool, kind: str, temperature: float, top_k: int) -> tuple:
-    """(the model in `path` beside `student`, a function that gives the student's distance to it in a step); exit 4 where their tokenizers differ."""
+def shard(model, device: str, world: int) -> None:
+    """Move `model` to `device`, a part of each layer's frozen weights to each process, put together while it runs; what is trained is whole in each of them."""
+    import torch.distributed.fsdp
+    trained, layers = {p for p in model.parameters() if p.requires_grad}, next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+    for module, ignored in (*((layer, trained) for layer in layers), (model.get_decoder(), set(model.parameters()))):
+        torch.distributed.fsdp.fully_shard(module, ignored_params=ignored, mesh=torch.distributed.init_device_mesh(device.partition(":")[0], (world,)))
+    model.to(device)
+
+def load_teacher(args, tokenizer, student, can_pack):
+    """What gives `student`'s distance in a step to the teacher of train.py's `args`; exit 4 where their tokenizers differ, 2 where not `can_pack`(teacher)."""
     import torch
-    path = find_model(path)
-    if load_tokenizer(path, trust_remote_code).get_vocab() != tokenizer.get_vocab():
+    path = find_model(args.teacher_model)
+    if load_tokenizer(path, args.trust_remote_code).get_vocab() != tokenizer.get_vocab():
         fail(4, f"老师 {path} 的 tokenizer 和学生的不同，不能逐词比较。换一个同系列的老师")
-    teacher = load_base(path, str(student.device), student.dtype, quantization, trust_remote_code).requires_grad_(False)
+    teacher = load_base(path, str(student.device), student.dtype, args.quantization, args.trust_remote_code).requires_grad_(False)
+    if not can_pack(teacher):
+        fail(2, "蒸馏要用快的算法（去掉 --no_fast），不能和 ptuning、prefix、prompt 一起用，老师和学生都要是能打包的模型（Llama、Qwen、Mistral 等）")
     taught_head = teacher.get_output_embeddings().weight
     def teach(hidden, head, keep, **inputs):
         with torch.no_grad():
             taught = teacher.base_model(**inputs).last_hidden_state[0, keep]
-        return teacher_distance(hidden, head, taught, taught_head, kind, temperature, top_k)
-    return teacher, teach
+        return teacher_distance(hidden, head, taught, taught_head, args.kd_loss, args.kd_temperature, args.kd_top_k)
+    return teach
 
 def teacher_distance(hidden, head, taught, taught_head, kind: str = "forward_kl", temperature: float = 1.0, top_k: int = 0, chunk: int = 64):
     """Sum over tokens of the divergence between the words that `head` (vocabulary, width) makes of the student's `hidden` (tokens, width) and
@@ -232,7 +235,6 @@ def main() -> None:
     staging = output.with_name(f".tmp-{output.name}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        staging.mkdir(parents=True)
         model.to(getattr(torch, stored)).save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         staging.rename(output)

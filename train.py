@@ -23,10 +23,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import (TEMPLATE_DATE, add_loading_flags, encode, end_token_ids, fail, find_model, fingerprint, image_inputs, load_base, load_rows, load_tokenizer, make_parser,
+from common import (TEMPLATE_DATE, add_loading_flags, encode, fail, find_model, fingerprint, image_inputs, load_base, load_rows, load_tokenizer, make_parser,
                     number, parse_args, pick_device, pick_quantization, question_digest, run_script, say, sha256, text_ids, visible)
 
-LORA, LORA_ONLY, INITS = ("lora", "rslora", "dora", "pissa"), ("lora_plus_ratio", "init_lora_weights"), ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16")
+LORA, INITS = ("lora", "rslora", "dora", "pissa"), ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16")
 MAY_CHANGE_ON_RESUME = {"num_epochs", "max_steps", "eval_every", "save_every", "save_total_limit", "logging_steps", "report_to", "early_stopping_patience", "device", "trust_remote_code", "gradient_checkpointing", "fsdp"}
 
 def arguments(saved: dict | None = None) -> argparse.Namespace:
@@ -98,24 +98,17 @@ def step_rows(n_rows: int, rows_per_step: int, seed: int, step: int) -> list[int
     """Indices of the rows of optimizer step `step`, a function of (seed, step): every row once per epoch, the last step takes what is left."""
     import torch
     epoch, position = divmod(step, math.ceil(n_rows / rows_per_step))
-    order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
-    return order[position * rows_per_step:(position + 1) * rows_per_step]
+    return torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed + epoch))[position * rows_per_step:(position + 1) * rows_per_step].tolist()
 
-def micro_batches(rows: list, budget: int, packed: bool) -> list[list]:
-    """The rows of a step in as few packs of at most `budget` tokens as fit (longest first), or each row alone."""
-    packs: list[list] = []
-    for row in sorted(rows, key=lambda row: -len(row[0])):
+def deal(rows: list, rank: int, world: int, budget: int, packed: bool, together: bool) -> list[tuple[list, bool]]:
+    """(micro-batch, 1) for each of process `rank`: of every world-th row, longest first, as few packs of at most `budget` tokens as fit, or each row alone.
+    `together`: as many for each process, those that it lacks another's, with a 0 for their weight, because a model in pieces runs where all run it."""
+    shares: list[list] = [[] for _ in range(world)]
+    for packs, row in zip(itertools.cycle(shares), sorted(rows, key=lambda row: -len(row[0]))):
         pack = next((p for p in packs[-64:] if packed and sum(len(ids) for ids, _, _ in p) + len(row[0]) <= budget), [])
         packs += [] if pack else [pack]
         pack.append(row)
-    return packs
-
-def deal(rows: list, rank: int, world: int, budget: int, packed: bool, together: bool) -> list[tuple[list, int]]:
-    """(micro-batch, 1) for those of process `rank`, which gets every world-th row, by length. `together`: as many for each process, the missing ones
-    with a 0 for their weight, because a model in pieces runs where all run it."""
-    shares = {r: micro_batches(sorted(rows, key=lambda row: -len(row[0]))[r::world], budget, packed) for r in (range(world) if together else [rank])}
-    own = [(batch, 1) for batch in shares[rank]]
-    return own + [(shares.get(0, [None])[0], 0)] * (max(map(len, shares.values())) - len(own))
+    return [(turn[rank] or next(filter(None, turn)), bool(turn[rank])) for turn in itertools.zip_longest(*shares) if together or turn[rank]]
 
 def fast_dropout(dropout, x):
     """What the `dropout` module does to x, with a mask of bytes out of random int64s: PyTorch's own draws serially on a CPU, and takes longer
@@ -143,7 +136,7 @@ def chunked_loss(hidden, weight, targets, chunk: int = 256):
             total += ((rows - rows.detach()) * gradient).sum()  # adds zero, with the gradient made above
     return total
 
-def loss_sum(model, rows: list, packed: bool, neftune_alpha: float = 0.0, teach=None, see=None):
+def loss_sum(model, rows: list, packed: bool, pictured=(), neftune_alpha: float = 0.0, teach=None):
     """(sum of the label tokens' losses, sum of their distances to a teacher or 0) of `rows`, a list of (input_ids, labels, where): of one, or, if `packed`,
     of several in one line without padding, each with its own positions and attention, the output head only where a label is predicted: the same sum."""
     import torch
@@ -156,7 +149,7 @@ def loss_sum(model, rows: list, packed: bool, neftune_alpha: float = 0.0, teach=
         size = torch.tensor([neftune_alpha / math.sqrt(n * embeddings.shape[-1]) for n in lengths for _ in range(n)], device=model.device)
         inputs = {"inputs_embeds": embeddings + torch.empty_like(embeddings).uniform_(-1, 1) * size[:, None]}
     if not packed:
-        inputs |= see(rows[0][2], input_ids) if see else {}
+        inputs |= image_inputs(model, *pictured[rows[0][2]], input_ids) if rows[0][2] in pictured else {}  # {where: (tokenizer, messages)}
         logits = model(**inputs, use_cache=False).logits[0, -len(targets):][keep]  # virtual tokens stand before them
         return torch.nn.functional.cross_entropy(logits.float(), targets[keep], reduction="sum"), logits.new_zeros(())
     extra = {"position_ids": torch.tensor([[k for n in lengths for k in range(n)]], device=model.device), "row_lengths": lengths, "use_cache": False}
@@ -174,13 +167,13 @@ def can_pack(model, rows: list) -> bool:
         return torch.cat([ALL_ATTENTION_FUNCTIONS["sdpa"](module, *part, None, dropout, scaling, is_causal=True)[0] for part in parts], dim=1), None
     ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
     probe = [(ids[:32 - 8 * n], ids[:32 - 8 * n], "") for n, (ids, _, _) in enumerate(rows[:2])]
-    usual, head, config = model.config._attn_implementation, model.get_output_embeddings(), model.config.get_text_config()
-    window = 0 if getattr(config, "attn_logit_softcapping", None) else getattr(config, "sliding_window", None) or math.inf  # rows are seen whole
+    usual, config = model.config._attn_implementation, model.config.get_text_config()
+    plain = type(model.get_output_embeddings()) is torch.nn.Linear and not getattr(config, "attn_logit_softcapping", None)
+    seen_whole = max(len(ids) for ids, _, _ in rows) <= (getattr(config, "sliding_window", None) or math.inf)
     with torch.no_grad(), contextlib.suppress(TypeError, ValueError, RuntimeError, AttributeError):
         apart = sum(loss_sum(model, [row], packed=False)[0].item() for row in probe)
         model.config._attn_implementation = "packed"
-        plain = type(head) is torch.nn.Linear and head.bias is None and all(len(ids) <= window for ids, _, _ in rows)
-        if plain and math.isclose(apart, loss_sum(model, probe, packed=True)[0].item(), rel_tol=1e-4 if model.dtype == torch.float32 else 1e-2):
+        if plain and seen_whole and math.isclose(apart, loss_sum(model, probe, packed=True)[0].item(), rel_tol=1e-4 if model.dtype == torch.float32 else 1e-2):
             return True
     model.config._attn_implementation = usual
     return False
@@ -254,9 +247,9 @@ def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
 def main() -> None:
     args = arguments()
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))  # torchrun's; rank 0 talks and saves
-    changed, resume = {}, find_checkpoint(args.resume_from_checkpoint, args.output_dir) if args.resume_from_checkpoint else None
+    changed, start_step, resume = {}, 0, find_checkpoint(args.resume_from_checkpoint, args.output_dir) if args.resume_from_checkpoint else None
     if resume:
-        state = json.loads((resume / "state.json").read_text(encoding="utf-8"))
+        start_step = (state := json.loads((resume / "state.json").read_text(encoding="utf-8")))["step"]
         args = arguments(saved=state["args"])
         args.output_dir, args.model_name, args.quantization = str(resume.parent), find_model(args.model_name), args.quantization.replace("auto", state["args"]["quantization"])
         changed = {name: f"  {name}：{old} → {getattr(args, name)}" for name, old in state["args"].items()
@@ -292,7 +285,7 @@ def main() -> None:
         if all(t == -100 for t in labels[1:]):
             fail(3, f"{row['where']} 截断后没有剩下要学的内容：--max_length {args.max_length} 太小，这一行有 {len(full)} token")
         return ids, labels, row["where"]
-    pictured = {row["where"]: row["messages"] for row in rows + val_rows if any("images" in m for m in row.get("messages", ()))}
+    pictured = {row["where"]: (tokenizer, row["messages"]) for row in rows + val_rows if any("images" in m for m in row.get("messages", ()))}
     train_data, val_data = [tokenize(row) for row in rows], [tokenize(row) for row in val_rows]
     lengths = sorted(len(ids) for ids, _, _ in train_data)
     rows_per_step, budget = args.batch_size * args.gradient_accumulation_steps, args.batch_size * args.max_length
@@ -311,6 +304,7 @@ def main() -> None:
     if args.dry_run:
         return say(importlib.import_module("prune_model").estimate(args, lengths, rows_per_step, total_steps))
 
+    # ---- 2. Folder, device, model, LoRA ----
     folder = Path(args.output_dir or time.strftime("output/llama-lora-%Y%m%d_%H%M%S"))
     if rank == 0:
         if not resume and ((folder / "final_model").exists() or checkpoints(folder)):
@@ -323,8 +317,6 @@ def main() -> None:
             shutil.rmtree(stale)
         if args.report_to == "wandb":
             importlib.import_module("wandb").init(project="lora", name=folder.name, config=vars(args), dir=folder, sync_tensorboard=True)
-
-    # ---- 2. Device, model, LoRA ----
     if args.quantization == "none" and args.optim != "paged_adamw_8bit" and not args.teacher_model and "quantization_config" not in Path(model_path, "config.json").read_text("utf-8"):
         sys.modules.setdefault("bitsandbytes", None)  # PEFT imports it wherever it is installed: 1.4 s for nothing
     import peft
@@ -337,17 +329,17 @@ def main() -> None:
     args.quantization = pick_quantization(args.quantization, model_path, device)
     on_cuda = device.startswith("cuda")
     optim = args.optim if args.optim != "auto" else "paged_adamw_8bit" if on_cuda and args.quantization != "none" else "adamw_torch"
-    if optim == "paged_adamw_8bit" and not on_cuda:
-        fail(2, f"--optim paged_adamw_8bit 只能在 CUDA 上用，这里是 {device}。改用 --optim adamw_torch")
     virtual = args.num_virtual_tokens if args.peft_method in ("ptuning", "prefix", "prompt") else 0  # trained, in front of the row
     mutates = (args.init_lora_weights or args.peft_method)[:5] in ("pissa", "olora")  # they take what they begin with out of the base
-    wrong = LORA_ONLY * (args.peft_method not in LORA) + ("modules_to_save", "layers_to_transform") * bool(virtual) + ("quantization",) * mutates
-    if wrong := [name for name in wrong if getattr(args, name) not in (1, "none", None)]:
-        fail(2, f"--{wrong[0]} 不能和 {args.init_lora_weights or args.peft_method} 一起用")
-    if pictured and args.neftune_alpha:
-        fail(2, "--neftune_alpha 不能和图片一起用")
-    if args.fsdp and (world == 1 or args.quantization != "none"):
-        fail(2, "--fsdp 要用 torchrun 启动（--nproc_per_node 至少 2），不能和量化一起用")
+    for wrong, why in ((start_step > total_steps, f"checkpoint 已经做了 {start_step} 步，这次一共只要 {total_steps} 步：加大 --num_epochs 或 --max_steps"),
+                       (optim == "paged_adamw_8bit" and not on_cuda, f"--optim paged_adamw_8bit 只能在 CUDA 上用，这里是 {device}。改用 --optim adamw_torch"),
+                       (args.peft_method not in LORA and (args.lora_plus_ratio > 1 or args.init_lora_weights), f"--lora_plus_ratio、--init_lora_weights 不能和 {args.peft_method} 一起用"),
+                       (virtual and (args.modules_to_save or args.layers_to_transform), f"--modules_to_save、--layers_to_transform 不能和 {args.peft_method} 一起用"),
+                       (mutates and args.quantization != "none", f"--quantization 不能和 {args.init_lora_weights or args.peft_method} 一起用"),
+                       (args.fsdp and (world == 1 or args.quantization != "none"), "--fsdp 要用 torchrun 启动（--nproc_per_node 至少 2），不能和 --quantization 一起用"),
+                       (pictured and (virtual or args.neftune_alpha), "图片不能和 --peft_method ptuning、prefix、prompt 或 --neftune_alpha 一起用")):
+        if wrong:
+            fail(2, why)
     torch.manual_seed(args.seed)
     model = load_base(model_path, "cpu" if args.fsdp else device, dtype, args.quantization, args.trust_remote_code)
     if (longest := max(len(ids) for ids, _, _ in train_data + val_data) + virtual) > (window := getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest):
@@ -359,29 +351,22 @@ def main() -> None:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     part = next(name for name, m in model.named_modules() if m is model.get_decoder()) + r"\." if hasattr(model.config, "vision_config") and not args.train_vision else ""
-    where = rf"\D*(?<=\.)({'|'.join(map(str, args.layers_to_transform))})\." if args.layers_to_transform else ""
+    depth = rf"\D*(?<=\.)({'|'.join(map(str, args.layers_to_transform))})\." if args.layers_to_transform else ""
     kind = {"ia3": peft.IA3Config, "ptuning": peft.PromptEncoderConfig, "prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}.get(args.peft_method, peft.LoraConfig)
     options = {**vars(args), "r": args.lora_r, "use_rslora": args.peft_method == "rslora", "use_dora": args.peft_method == "dora", "encoder_hidden_size": args.prompt_encoder_hidden,
                "prefix_projection": True, "feedforward_modules": [], "target_modules": targets[0] if len(targets := args.target_modules or ["all-linear"]) == 1 and set(targets[0]) & set(".*|\\^$(-") else targets,
-               "init_lora_weights": args.init_lora_weights or ("pissa" if args.peft_method == "pissa" else None), "layers_to_transform": None, "exclude_modules": rf"(?!{part}{where}).*" if part or where else None}  # PEFT's own wants names
+               "init_lora_weights": args.init_lora_weights or ("pissa" if args.peft_method == "pissa" else None), "layers_to_transform": None, "exclude_modules": rf"(?!{part}{depth}).*" if part or depth else None}  # PEFT's own wants names
     try:  # what is trained is fp32 whatever the base is; each method takes the options that it has
         model = peft.get_peft_model(model, kind(task_type="CAUSAL_LM", **{name: value for name, value in options.items() if value is not None and hasattr(kind, name)})).eval()  # no dropout yet
     except (ValueError, TypeError, importlib.import_module("re").error) as error:
         fail(2, f"--peft_method {args.peft_method}、--target_modules 或 --layers_to_transform 用不到这个模型上：{str(error).splitlines()[0][:160]}")
-    state_dict = peft.get_peft_model_state_dict(model, save_embedding_layers=False) if mutates else {}
-    initial = {key: v.cpu().clone() for key, v in state_dict.items() if "lora_A" in key or "lora_B" in key}  # which the base has lost
+    initial = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if mutates and ("lora_A" in name or "lora_B" in name)}  # which the base has lost
     vars(model.peft_config["default"]).update({"r": 2 * args.lora_r, "lora_alpha": args.lora_alpha * (2 ** 0.5 if args.peft_method == "rslora" else 2), "init_lora_weights": True} if mutates else {})
-    if args.fsdp:  # each layer's frozen weights in equal parts, put together while it runs; what is trained is whole in each process, and saved as ever
-        from torch.distributed.fsdp import fully_shard
-        trained, layers = {p for p in model.parameters() if p.requires_grad}, next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
-        for module, ignored in (*((layer, trained) for layer in layers), (model.get_decoder(), set(model.parameters()))):
-            fully_shard(module, ignored_params=ignored, mesh=torch.distributed.init_device_mesh(device.partition(":")[0], (world,)))
-        model.to(device)
+    if args.fsdp:  # what is trained is whole in each process, and saved as ever
+        importlib.import_module("prune_model").shard(model, device, world)
     teach, kd_ratio, packed = None, args.kd_ratio if args.teacher_model else 0.0, args.fast and not virtual and not pictured and can_pack(model, train_data + val_data)
     if args.teacher_model:
-        teacher, teach = importlib.import_module("prune_model").load_teacher(args.teacher_model, tokenizer, model, args.quantization, args.trust_remote_code, args.kd_loss, args.kd_temperature, args.kd_top_k)
-        if not packed or not can_pack(teacher, train_data):
-            fail(2, "蒸馏要用快的算法（去掉 --no_fast），不能和 ptuning、prefix、prompt 一起用，老师和学生都要是能打包的模型（Llama、Qwen、Mistral 等）")
+        teach = importlib.import_module("prune_model").load_teacher(args, tokenizer, model, lambda teacher: packed and can_pack(teacher, train_data))
     for module in model.modules() if packed and device == "cpu" else ():
         if forward := {torch.nn.Dropout: fast_dropout, peft.tuners.lora.Linear: fast_lora if args.peft_method != "dora" else None}.get(type(module)):
             module.forward = forward.__get__(module)
@@ -393,19 +378,17 @@ def main() -> None:
     trainable, total = sum(p.numel() for p in parameters), sum(p.numel() for p in model.parameters())
     adamw = importlib.import_module("bitsandbytes.optim").PagedAdamW8bit if optim == "paged_adamw_8bit" else torch.optim.AdamW
     optimizer = adamw([{"params": group, "rate": rate} for rate, group in rates.items()], lr=args.learning_rate, weight_decay=args.weight_decay)
-    def see(where: str, input_ids) -> dict:
-        return image_inputs(model, tokenizer, pictured.get(where, ()), input_ids)
     amp = torch.autocast("cuda", dtype, enabled=dtype != torch.float32) if on_cuda else contextlib.nullcontext()
     scaler = torch.amp.GradScaler(enabled=on_cuda and dtype == torch.float16)
 
     # ---- 3. The run's record, and a checkpoint to go on from ----
-    shown = [sha256(Path(path).read_bytes()) for messages in pictured.values() for m in messages for path in m.get("images", ())]
     run = {"args": vars(args), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "device": device, "processes": world, "dtype": str(dtype).removeprefix("torch."),
            "versions": {"python": sys.version.split()[0], **{name: sys.modules[name].__version__ for name in ("torch", "transformers", "peft")}},
-           "threads": state["threads"] if resume and state.get("processes", 1) == world else torch.get_num_threads(), "data_sha256": sha256(json.dumps([train_data, val_data, *shown])),
-           "base_fingerprint": fingerprint(model_path), "template_sha256": sha256(tokenizer.chat_template), "template_date": TEMPLATE_DATE.isoformat(), "end_tokens": end_token_ids(model, tokenizer),
+           "threads": state["threads"] if resume and state.get("processes", 1) == world else torch.get_num_threads(),
+           "data_sha256": sha256(json.dumps([train_data, val_data, *(question_digest(m) for _, messages in pictured.values() for m in messages)])),
+           "base_fingerprint": fingerprint(model_path), "template_sha256": sha256(tokenizer.chat_template), "template_date": TEMPLATE_DATE.isoformat(),
            "row_sha256": [question_digest(row["messages"][-2]) for row in rows if "messages" in row]}
-    history, losses, best, best_step, bad_evals, start_step = [], [], math.inf, 0, 0, state["step"] if resume else 0
+    history, losses, best, best_step, bad_evals = [], [], math.inf, 0, 0
     here = int(sha256(f"{start_step} {total_steps} {rows_per_step} {args.seed} {args.eval_every} {args.early_stopping_patience} {run['data_sha256']} {run['base_fingerprint']}")[:8], 16)
     if sum_over_processes(torch.tensor([here]))[0] != world * here:
         fail(4, "各个训练进程看到的数据、模型、参数或 checkpoint 不同。几台机器要有同样的文件，checkpoint 放在共用的目录里")
@@ -425,8 +408,6 @@ def main() -> None:
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # another device may need no scaler, or a new one
         with contextlib.suppress(OSError, ValueError), open(folder / "metrics.jsonl", encoding="utf-8") as file:
             history += (metric for metric in map(json.loads, file) if metric["step"] <= start_step)  # a crash may leave half a last line
-        if start_step > total_steps:
-            fail(2, f"checkpoint 已经做了 {start_step} 步，这次一共只要 {total_steps} 步：加大 --num_epochs 或 --max_steps")
         say(f"从 {resume} 接着训练：已做 {start_step} 步，共 {total_steps} 步", *changed.values(), sep="\n")
         if (start_step >= total_steps or 0 < args.early_stopping_patience <= bad_evals) and (folder / "final_model").is_dir():
             return say(f"这次训练已完成：{folder / 'final_model'}。想再训几轮就加大 --{'num_epochs' if start_step >= total_steps else 'early_stopping_patience（0 = 不停）'}")
@@ -464,7 +445,7 @@ def main() -> None:
         if val_data and (step > start_step or not resume) and (step % (args.eval_every or steps_per_epoch) == 0 or step == total_steps):
             model.eval()
             with torch.no_grad(), amp:
-                total_loss = sum(weight * loss_sum(model, batch, packed, see=see)[0].item() for batch, weight in deal(val_data, rank, world, budget, packed, args.fsdp))
+                total_loss = sum(weight * loss_sum(model, batch, packed, pictured)[0].item() for batch, weight in deal(val_data, rank, world, budget, packed, args.fsdp))
             val_loss = sum_over_processes(torch.tensor([total_loss], dtype=torch.float64))[0] / sum(t != -100 for _, labels, _ in val_data for t in labels[1:])
             is_best = val_loss < best or best_step == 0 < step and math.isfinite(val_loss)  # of the trained ones, even if none beats the base
             best, best_step, bad_evals = (val_loss, step, 0) if is_best else (best, best_step, bad_evals + 1)
@@ -485,18 +466,15 @@ def main() -> None:
             if bad := next((name for name, p in model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()), None):
                 fail(5, f"权重 {bad} 里出现了 NaN 或无穷大，没有保存。之前的 checkpoint 完好；调低 --learning_rate 重新训练")
             with staged(folder / f"checkpoint-{step}") as staging:
-                model.save_pretrained(staging, save_embedding_layers=False)
+                weights = model.state_dict()  # BA on a base without B0 A0 is [B, -B0] [A; A0] on the whole one: an ordinary LoRA of twice the rank
+                weights |= {name: torch.cat([weights[name].cpu(), -v if "lora_B" in name else v], int("lora_B" in name)) for name, v in initial.items()}
+                model.save_pretrained(staging, save_embedding_layers=False, state_dict=weights)
                 tokenizer.save_pretrained(staging)
                 (staging / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-                if initial:  # BA on a base without B0 A0 is [B, -B0] [A; A0] on the whole one: an ordinary LoRA of twice the rank
-                    saved = load_file(file := staging / "adapter_model.safetensors")
-                    plain = {key: torch.cat([saved[key], -v if "lora_B" in key else v], int("lora_B" in key)) for key, v in initial.items()}
-                    save_file(saved | plain, file, metadata={"format": "pt"})
                 save_file({key: v.clone() if "qmap" in key else v.contiguous() for key, v in values.items() if torch.is_tensor(v)}, staging / "optimizer.safetensors")
                 (staging / "state.json").write_text(json.dumps(state, ensure_ascii=False, indent=1), encoding="utf-8")
             for old in [p for p in checkpoints(folder) if int(p.name[11:]) <= step and p.name != f"checkpoint-{best_step}" and not damage(p)][args.save_total_limit:]:
                 discard(old)
-
         if last:
             break
 
@@ -512,7 +490,7 @@ def main() -> None:
         for batch, weight in deal(batch_rows, rank, world, budget, packed, args.fsdp):
             with amp:
                 # sums, divided by the label tokens of the whole step: any split of the rows gives the same gradient
-                parts = loss_sum(model, batch, packed, args.neftune_alpha, teach, see)
+                parts = loss_sum(model, batch, packed, pictured, args.neftune_alpha, teach)
                 loss = weight * ((1 - kd_ratio) * parts[0] + kd_ratio * parts[1]) / label_tokens
             scaler.scale(loss).backward()
             sums = [total + x.item() for total, x in zip(sums, (loss, *(weight * part / label_tokens for part in parts)))]
@@ -559,8 +537,7 @@ def main() -> None:
     if not any(v.any() for key, v in load_file(source / "adapter_model.safetensors").items() if not any(part in key for part in ("lora_A", "lora_embedding_B", "lora_magnitude"))):
         fail(5, f"LoRA 的权重还全是零，等于没有训练，没有写 final_model。检查 --learning_rate（现在是 {args.learning_rate}）")
     with staged(folder / "final_model") as staging:
-        for file in set(source.iterdir()) - {source / name for name in ("optimizer.safetensors", "state.json", "manifest.json")}:
-            shutil.copy(file, staging)
+        shutil.copytree(source, staging, ignore=shutil.ignore_patterns("optimizer.safetensors", "state.json", "manifest.json"), dirs_exist_ok=True)
     summary = {"步数": f"{step}（{step / steps_per_epoch:g} 轮）", "训练行数": len(train_data), "可训练参数": f"{trainable:,}（{100 * trainable / total:.2f}%）",
                "用时": f"{(minutes := (time.perf_counter() - began) / 60):.1f} 分钟", "速度": f"{all_tokens / minutes / 60:.0f} token/s（含验证和保存）",
                **({"验证损失": f"{next((m['val_loss'] for m in history if 'val_loss' in m), best):.4f} → {best:.4f}（第 {best_step} 步）"} if val_data else {})}

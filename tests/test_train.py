@@ -71,7 +71,7 @@ def test_any_split_of_a_step_gives_the_same_gradient(tiny, packed):
     from transformers import AutoModelForCausalLM
 
     from common import encode, load_tokenizer
-    from train import can_pack, loss_sum, micro_batches
+    from train import can_pack, deal, loss_sum
 
     tokenizer = load_tokenizer(tiny)
     rows = [(*encode(tokenizer, [{"role": "user", "content": q}, {"role": "assistant", "content": a * n}]), "")
@@ -84,7 +84,7 @@ def test_any_split_of_a_step_gives_the_same_gradient(tiny, packed):
     tokens = sum(t != -100 for _, labels, _ in rows for t in labels[1:])
     gradients, counts = [], []
     for batch_size in (1, 2, 16):
-        batches = micro_batches(rows, batch_size * 128, packed)
+        batches = [batch for batch, _ in deal(rows, 0, 1, batch_size * 128, packed, False)]
         assert sorted(map(id, rows)) == sorted(id(row) for batch in batches for row in batch)
         model.zero_grad()
         for batch in batches:

@@ -55,8 +55,13 @@ def test_six_images_are_learned_by_heart(learned, pictures, tmp_path, capsys):
 
 def test_a_conversation_takes_images_as_it_goes(learned, pictures):
     folder = pictures.rpartition("/")[0]
-    said = run("inference.py", "--lora_weights", learned, "--interactive", stdin=f"/image {folder}/蓝64.png\n{QUESTION}\n/image 没有.png\n/reset\n/image {folder}/红96.png\n{QUESTION}\n/exit\n").stdout
-    assert said.index("这张图片是蓝色的。") < said.index("没有.png 不存在") < said.index("这张图片是红色的。")
+    said = run("inference.py", "--lora_weights", learned, "--interactive", stdin=f"/image {folder}/蓝64.png\n{QUESTION}\n/image 没有.png\n/reset\n/image {folder}/红96.png\n{QUESTION}\n/exit\n")
+    assert said.stdout.index("这张图片是蓝色的。") < said.stdout.index("这张图片是红色的。") and "没有.png 不存在" in said.stderr
+
+
+def test_a_conversation_with_a_model_that_does_not_see_goes_on(tiny, pictures):
+    said = run("inference.py", "--use_original_model", "--base_model", tiny, "--max_new_tokens", 4, "--interactive", stdin=f"/image {pictures.rpartition('/')[0]}/蓝64.png\n你好\n/undo\n/exit\n")
+    assert "看不了" in said.stderr and "还剩 0 轮" in said.stdout
 
 
 def test_ids_and_loss_are_the_librarys_own(vision, pictures, tmp_path):
@@ -139,11 +144,30 @@ def test_an_image_that_cannot_be_taken_is_named_with_its_row(vision, tmp_path, c
         assert "跳过 1 行" in capsys.readouterr().err
 
 
+def test_llama_factorys_form_loads_without_a_flag(pictures, tmp_path):
+    from common import load_rows
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    messages = [{"role": "user", "content": "<image>这是什么？"}, {"role": "assistant", "content": "黑色。"}]
+    (tmp_path / "t.json").write_text(json.dumps([{"messages": messages, "images": ["a.png", "a.png"]}]), encoding="utf-8")
+    assert load_rows(str(tmp_path / "t.json"))[0][0]["messages"] == [{"role": "user", "content": "这是什么？", "images": [str(tmp_path / "a.png")] * 2}, messages[1]]
+
+
+def test_an_image_without_a_question_is_skipped_with_its_row(vision, pictures, tmp_path, capsys):
+    rows = [{"messages": [{"role": "assistant", "content": "答"}], "image": "a.png"}, {"instruction": "问", "output": "答"}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    train(vision, tmp_path / "t.jsonl", tmp_path / "run", "--dry_run")
+    assert "t.jsonl:1：问题或回答是空的" in capsys.readouterr().err
+
+
 def test_what_does_not_go_with_images_is_said(vision, tiny, pictures, tmp_path, capsys):
     train(tiny, pictures, tmp_path / "run", *QUICK, code=4)
     assert "Qwen3-VL" in capsys.readouterr().err
     train(vision, pictures, tmp_path / "run", *QUICK, "--neftune_alpha", 5, code=2)
     assert "--neftune_alpha" in capsys.readouterr().err
+    train(vision, pictures, tmp_path / "run", *QUICK, "--peft_method", "ptuning", code=2)
+    assert "图片不能和 --peft_method" in capsys.readouterr().err
     train(vision, pictures, tmp_path / "run", *QUICK, "--max_length", 16, code=3)
     assert "--max_length 16 太小" in capsys.readouterr().err
     call("inference.py", "--use_original_model", "--base_model", vision, "--prompt", QUESTION, "--image", tmp_path / "没有.png", code=3)
