@@ -66,12 +66,13 @@ def write_records(path: Path, records, columns: list[str]) -> None:
 # ---- 2. Images ----
 
 def open_image(path: str):
-    """The image in a file, upright and in RGB; ValueError with a sentence where there is none, a broken one, or one of over 50 million pixels."""
+    """The image in a file, upright and in RGB; ValueError with a sentence where there is none, a broken one, or one too large or too long."""
     from PIL import Image, ImageOps
     try:
         with Image.open(path, formats=("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")) as image:  # other formats start other programs
-            if (problem := f"有 {image.width} × {image.height} 像素，先缩小到 5000 万像素以内") and image.width * image.height <= 50_000_000:
+            if image.width * image.height <= 50_000_000 and max(image.size) < 200 * min(image.size):  # Qwen-VL takes none that is longer
                 return ImageOps.exif_transpose(image).convert("RGB")
+        problem = f"有 {image.width} × {image.height} 像素，要在 5000 万以内，长不到宽的 200 倍"
     except Exception as error:  # noqa: BLE001 - broken and hostile files raise a dozen unrelated types
         problem = "不存在" if isinstance(error, FileNotFoundError) else f"打不开：{visible(str(error))[:100]}"
     raise ValueError(f"图片 {visible(path)} {problem}")
@@ -81,9 +82,8 @@ def image_processor(path: str):
     """The library's processor for the images of the vision-language model in `path`: Qwen-VL's own wants torchvision, for videos."""
     import transformers
     try:
-        kind = transformers.models.auto.processing_auto.PROCESSOR_MAPPING[type(transformers.AutoConfig.from_pretrained(path, local_files_only=True))]
-        parts = {"get_attributes": staticmethod(lambda: ["image_processor", "tokenizer"])}
-        return type("ImageProcessor", (kind,), parts).from_pretrained(path, local_files_only=True)
+        kind = transformers.models.auto.processing_auto.PROCESSOR_MAPPING[type(transformers.AutoConfig.from_pretrained(path))]
+        return type("ImageProcessor", (kind,), {"get_attributes": staticmethod(lambda: ["image_processor", "tokenizer"])}).from_pretrained(path)
     except Exception as error:  # noqa: BLE001 - no processor, no files, broken ones: a dozen unrelated types
         fail(4, f"数据里有图片，模型 {path} 看不了（{visible(str(error))[:150]}）。换 Qwen3-VL、Qwen2.5-VL 这样的模型；只学文字就去掉 image 列")
 

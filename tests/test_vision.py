@@ -125,8 +125,8 @@ def broken(folder):
     Image.new("1", (1 << 14, 1 << 13)).save(folder / "huge.png")
     Image.new("RGB", (4, 4000)).save(folder / "long.png")
     return {"没有.png": (None, "不存在"), "cut.png": (whole.read_bytes()[:600], "打不开"), "text.jpg": (b"not an image", "打不开"), "empty.png": (b"", "打不开"),
-            "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/bin/sh) run\n", "打不开"), "huge.png": ((folder / "huge.png").read_bytes(), "5000 万像素"),
-            "long.png": ((folder / "long.png").read_bytes(), "aspect ratio")}
+            "script.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/bin/sh) run\n", "打不开"), "huge.png": ((folder / "huge.png").read_bytes(), "5000 万以内"),
+            "long.png": ((folder / "long.png").read_bytes(), "200 倍")}
 
 
 @pytest.mark.parametrize("name", ["没有.png", "cut.png", "text.jpg", "empty.png", "script.eps", "huge.png", "long.png"])
@@ -138,10 +138,9 @@ def test_an_image_that_cannot_be_taken_is_named_with_its_row(vision, tmp_path, c
     table = write_csv(tmp_path / "t.csv", [("good.png", QUESTION, "黑。"), (name, QUESTION, "红。")], header=("image", "instruction", "output"))
     train(vision, table, tmp_path / "run", "--dry_run", code=3)
     said = capsys.readouterr().err
-    assert name in said and word in said and (f"{table}:3" in said or name == "long.png")
-    if name != "long.png":  # which only the model refuses
-        train(vision, table, tmp_path / "run", "--dry_run", "--skip_bad_rows")
-        assert "跳过 1 行" in capsys.readouterr().err
+    assert name in said and word in said and f"{table}:3" in said
+    train(vision, table, tmp_path / "run", "--dry_run", "--skip_bad_rows")
+    assert "跳过 1 行" in capsys.readouterr().err
 
 
 def test_llama_factorys_form_loads_without_a_flag(pictures, tmp_path):
