@@ -368,8 +368,8 @@ def image_inputs(model, tokenizer, messages: list[dict], input_ids) -> dict:
     if not any("images" in m for m in messages):
         return {}
     inputs, processor, _ = importlib.import_module("prepare_data").see(tokenizer, messages)
-    kinds = (input_ids == model.config.image_token_id).long()
-    return {**inputs.to(model.device, model.dtype), **{name: kinds for name in ("mm_token_type_ids", "token_type_ids") if name in processor.model_input_names}}
+    shown = {name: x for name, x in inputs.to(model.device, model.dtype).items() if name not in getattr(processor, "unused_input_names", ())}
+    return shown | {name: (input_ids == model.config.image_token_id).long() for name in ("mm_token_type_ids", "token_type_ids") if name in processor.model_input_names}
 
 def end_token_ids(model, tokenizer) -> list[int]:
     """Every id that ends an answer: the model's, the tokenizer's, and the one that the template puts after an answer."""

@@ -187,6 +187,38 @@ VISION_CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['con
                "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
+def make_other_vision_model(folder, kind):
+    """A random LLaVA or Gemma 3, whose processors know no videos and put other tokens and sizes around an image; returns the path as text."""
+    import torch
+    import transformers as t
+
+    marks = {"Llava": ["<image>"], "Gemma3": ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]}[kind]
+    names = dict(zip(("boi_token", "eoi_token", "image_token"), marks)) if kind == "Gemma3" else {}
+    tokenizer = byte_level_tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *marks], VISION_CHAT.replace("<|vision_start|><|image_pad|><|vision_end|>", marks[0]),
+                                     eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=names)
+    text = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "max_position_embeddings": 1024, "initializer_range": 0.2, "bos_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+    images = {"do_resize": True, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 56, "width": 56}, "crop_size": {"height": 56, "width": 56}}
+    torch.manual_seed(0)
+    if kind == "Llava":
+        config = t.LlavaConfig(text_config=t.LlamaConfig(**text), vision_config=t.CLIPVisionConfig(**tower), image_token_index=tokenizer.convert_tokens_to_ids(marks[0]), image_seq_length=16)
+        model, images["image_processor_type"] = t.LlavaForConditionalGeneration(config), "CLIPImageProcessor"
+        images["size"] = {"shortest_edge": 56}
+        rest = {"patch_size": 14, "vision_feature_select_strategy": "default", "image_token": "<image>", "num_additional_image_tokens": 1}
+    else:
+        boi, eoi, soft = tokenizer.convert_tokens_to_ids(marks)
+        config = t.Gemma3Config(text_config=t.Gemma3TextConfig(**text), vision_config=t.SiglipVisionConfig(**tower), mm_tokens_per_image=4, boi_token_index=boi, eoi_token_index=eoi,
+                                image_token_index=soft, image_token_id=soft)
+        model, images["image_processor_type"], rest = t.Gemma3ForConditionalGeneration(config), "Gemma3ImageProcessor", {"image_seq_length": 4}
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # which begins at zero: no image would pass
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(images), encoding="utf-8")
+    (Path(folder) / "processor_config.json").write_text(json.dumps({"processor_class": f"{kind}Processor", **rest}), encoding="utf-8")
+    return str(folder)
+
+
 def make_vision_model(folder, kind):
     """A random Qwen3-VL or Qwen2.5-VL of about 350k parameters with the files that its image processor is made of; returns the path as text."""
     import torch

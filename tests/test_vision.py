@@ -6,7 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from conftest import call, make_vision_model, metrics, run, train, write_csv
+from conftest import call, make_other_vision_model, make_vision_model, metrics, run, train, write_csv
 
 COLOURS = {"红": (255, 0, 0), "蓝": (0, 0, 255), "绿": (0, 255, 0)}
 QUESTION = "图片里是什么颜色？"
@@ -51,6 +51,14 @@ def test_six_images_are_learned_by_heart(learned, pictures, tmp_path, capsys):
     capsys.readouterr()
     call("inference.py", "--lora_weights", learned, "--prompt", QUESTION, "--image", f"{folder}/绿96.png")
     assert capsys.readouterr().out == "这张图片是绿色的。\n"
+
+
+@pytest.mark.parametrize("kind", ["Llava", "Gemma3"])
+def test_other_models_learn_where_the_librarys_processor_takes_images(kind, pictures, tmp_path):
+    model = make_other_vision_model(tmp_path / kind, kind)
+    learned = train(model, pictures, tmp_path / "run", *QUICK, "--num_epochs", 40, "--learning_rate", 1e-2, "--logging_steps", 10)
+    call("inference.py", "--lora_weights", learned, "--prompt_file", pictures, "--max_new_tokens", 40, "--output", tmp_path / "answers.jsonl")
+    assert [answer["answer"] for answer in answers(tmp_path / "answers.jsonl")] == ["四个。"] + [f"这张图片是{name}色的。" for name in COLOURS for _ in range(2)]
 
 
 def test_a_conversation_takes_images_as_it_goes(learned, pictures):
