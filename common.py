@@ -104,7 +104,7 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     flags = {name.replace("-", "_"): name for name in actions if name.startswith("--")}
     typed = [re.sub("^--[^=]+", lambda match: flags.get(match[0].replace("-", "_"), match[0]), word) for word in sys.argv[1:]]
     words, config = [], parser.parse_known_args(typed)[0].config  # --help ends here
-    import yaml
+    yaml = importlib.import_module("yaml") if config else None
     try:
         entries = yaml.safe_load(Path(config).read_text(encoding="utf-8-sig")) if config else {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:

@@ -140,16 +140,16 @@ def estimate(args, lengths: list[int], rows_per_step: int, total_steps: int) -> 
 def shard(model, device: str, world: int) -> None:
     """Move `model` to `device`, a part of each layer's frozen weights to each process, put together while it runs; what is trained is whole in each of them."""
     import torch.distributed.fsdp
-    trained, layers = {p for p in model.parameters() if p.requires_grad}, next(m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
-    for module, ignored in (*((layer, trained) for layer in layers), (model.get_decoder(), set(model.parameters()))):
-        torch.distributed.fsdp.fully_shard(module, ignored_params=ignored, mesh=torch.distributed.init_device_mesh(device.partition(":")[0], (world,)))
+    decoder, mesh = model.get_decoder(), torch.distributed.init_device_mesh(device.partition(":")[0], (world,))
+    trained, layers = {p for p in model.parameters() if p.requires_grad}, next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList))
+    for module, ignored in (*((layer, trained) for layer in layers), (decoder, set(model.parameters()))):
+        torch.distributed.fsdp.fully_shard(module, ignored_params=ignored, mesh=mesh)
     model.to(device)
 
 def load_teacher(args, tokenizer, student, can_pack):
     """What gives `student`'s distance in a step to the teacher of train.py's `args`; exit 4 where their tokenizers differ, 2 where not `can_pack`(teacher)."""
     import torch
-    path = find_model(args.teacher_model)
-    if load_tokenizer(path, args.trust_remote_code).get_vocab() != tokenizer.get_vocab():
+    if load_tokenizer(path := find_model(args.teacher_model), args.trust_remote_code).get_vocab() != tokenizer.get_vocab():
         fail(4, f"老师 {path} 的 tokenizer 和学生的不同，不能逐词比较。换一个同系列的老师")
     teacher = load_base(path, str(student.device), student.dtype, args.quantization, args.trust_remote_code).requires_grad_(False)
     if not can_pack(teacher):

@@ -41,12 +41,12 @@ def join(rank, world, port, seen=None, threads=1):
     train.loss_sum = written_down if seen else loss_sum
 
 
-def start_shared(folder, world, *arguments, seen=False, threads=1, of_the_last=()):
-    """`world` children that share one run; their words go to FOLDER.RANK.log. The last one is typed the arguments `of_the_last` too."""
+def start_shared(folder, world, *arguments, seen=False, threads=1, of_the_last=(), prepare=join):
+    """`world` children that share one run, each after `prepare`; their words go to FOLDER.RANK.log. The last one is typed the arguments `of_the_last` too."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return [start(f"{folder}.{rank}.log", *arguments, "--output_dir", folder, *(of_the_last if rank == world - 1 else ()), fault=functools.partial(join, rank, world, port, f"{folder}.{rank}.seen" if seen else None, threads))
+    return [start(f"{folder}.{rank}.log", *arguments, "--output_dir", folder, *(of_the_last if rank == world - 1 else ()), fault=functools.partial(prepare, rank, world, port, f"{folder}.{rank}.seen" if seen else None, threads))
             for rank in range(world)]
 
 
@@ -103,11 +103,11 @@ def test_processes_that_share_the_rows_learn_what_one_learns(shared, alone, tmp_
     assert max(map(len, shares)) - min(map(len, shares)) <= 6
 
 
-def in_pieces(rank, world, port, seen):
+def in_pieces(rank, world, port, seen, threads):
     """`join`, with the share of the frozen layers that this process holds written to the file `seen`."""
     import torch
 
-    join(rank, world, port)
+    join(rank, world, port, threads=threads)
     import train
 
     loss_sum = train.loss_sum
@@ -125,14 +125,11 @@ def in_pieces(rank, world, port, seen):
 def test_a_base_in_pieces_teaches_what_a_whole_one_teaches(shared, alone, tmp_path, world):
     """Three processes: one has no row in the short step, and must put the layers together for the others all the same."""
     folder = tmp_path / "run"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     options = ["--fsdp", *(["--gradient_checkpointing"] if world == 2 else [])]
-    children = [start(f"{folder}.{rank}.log", *shared, *options, "--output_dir", folder, fault=functools.partial(in_pieces, rank, world, port, f"{folder}.{rank}.held")) for rank in range(world)]
+    children = start_shared(folder, world, *shared, *options, seen=True, prepare=in_pieces)
     assert [finish(child) for child in children] == [0] * world, words(folder, 0)
     assert_same(folder, alone)
-    held = [float(Path(f"{folder}.{rank}.held").read_text(encoding="utf-8")) for rank in range(world)]
+    held = [float(Path(f"{folder}.{rank}.seen").read_text(encoding="utf-8")) for rank in range(world)]
     assert sum(held) == pytest.approx(1) and max(held) < 1.2 / world
     go(folder, "--output_dir", folder, "--resume_from_checkpoint", "auto", "--no-fsdp", "--num_epochs", 4)  # one process, with a whole base
 
