@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DEFAULT_MODEL, DEMO_MODEL = "./models/LLM-Research/Llama-3.2-3B-Instruct", "./models/SmolLM2-135M-Instruct"
-# Llama-3.2's template prints today's date, so training and chatting would see different prompts: every template is given this day.
-TEMPLATE_DATE = datetime.date(2024, 7, 26)
+TEMPLATE_DATE = datetime.date(2024, 7, 26)  # for a template that prints today's, as Llama-3.2's: training and chatting must see the same prompt
 PLAIN_TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] }}\n\n"  # where a tokenizer has none (GPT-2, OPT …); saved with the adapter
                   "{% elif m['role'] == 'user' %}### 问题：\n{{ m['content'] }}\n\n### 回答：\n{% else %}{{ m['content'] }}{{ eos_token }}\n\n{% endif %}{% endfor %}")
 COLUMNS = {  # names that people use for the same thing; the canonical one wins where several are there
@@ -31,8 +30,7 @@ COLUMNS = {  # names that people use for the same thing; the canonical one wins 
     "input": ("input", "context", "输入", "背景", "补充信息"),
     "output": ("output", "answer", "response", "completion", "target", "回答", "答案", "输出", "回复"),
     "system": ("system", "system_prompt", "系统提示"), "history": ("history", "历史"),
-    "messages": ("messages", "conversations", "conversation", "对话"), "image": ("image", "images", "图片", "图像"),
-}
+    "messages": ("messages", "conversations", "conversation", "对话"), "image": ("image", "images", "图片", "图像")}
 ROLES = dict.fromkeys(("human", "用户", "observation", "tool"), "user") | dict.fromkeys(("gpt", "bing", "bot", "助手", "function_call"), "assistant")
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
 FOREIGN = {rb"\x1f\x8b|BZh|\xfd7zXZ|Rar!|7z\xbc": "压缩包，请先解压", rb"\xd0\xcf\x11\xe0": "旧版 Excel（.xls）或加了密码的表，请去掉密码、另存为 .xlsx", rb"%PDF": "PDF，请把内容放进表格",
@@ -69,8 +67,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
         with contextlib.suppress(ValueError, OverflowError):
             if math.isfinite(value := kind(text)) and (low < value if above else low <= value) and value <= high:
                 return value
-        limits = f"{'大于' if above else '不小于'} {low:g}" + (f"、不大于 {high:g}" if high < math.inf else "")
-        raise argparse.ArgumentTypeError(f"“{text}”不行，应为{limits}的{'整数' if kind is int else '数'}")
+        raise argparse.ArgumentTypeError(f"“{text}”不行，应为{'大于' if above else '不小于'} {low:g}{f'、不大于 {high:g}' * (high < math.inf)}的{'整数' if kind is int else '数'}")
     return parse
 
 def nearest(name: str, names) -> str:
@@ -110,8 +107,7 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         place = f" 第 {error.problem_mark.line + 1} 行" if getattr(error, "problem_mark", None) else ""
         fail(2, f"配置文件 {config}{place} 读不出来：{getattr(error, 'problem', None) or getattr(error, 'strerror', None) or error}")
-    if not isinstance(entries, dict):
-        fail(2, f"配置文件 {config} 里应该是“名字: 值”，每行一个")
+    isinstance(entries, dict) or fail(2, f"配置文件 {config} 里应该是“名字: 值”，每行一个")
     for key, value in entries.items():
         if (flag := flags.get("__" + (key := str(key).replace("-", "_")))) is None:
             if key not in (siblings := {n for p in Path(__file__).parent.glob("*.py") for n in re.findall(r'"--(\w+)"', p.read_text("utf-8"))}):
@@ -123,8 +119,7 @@ def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
         elif value is not None:
             words += [f"{flag}={v}" for v in (value if isinstance(value, list) and isinstance(actions[flag], argparse._AppendAction) else [value])]
     args, unknown = parser.parse_known_args(words + typed)
-    if unknown:
-        fail(2, f"不认识的参数 {unknown[0]}{nearest(unknown[0].partition('=')[0], actions)}\n全部参数：python {Path(sys.argv[0]).name} --help")
+    unknown and fail(2, f"不认识的参数 {unknown[0]}{nearest(unknown[0].partition('=')[0], actions)}\n全部参数：python {Path(sys.argv[0]).name} --help")
     return args
 
 # ---- 3. Rows ----
@@ -167,8 +162,7 @@ def read_table(path: str, encoding: str | None = None, known: frozenset = frozen
         fail(3, f"{path} 是 Excel、Parquet 或压缩包，但读不出来：{visible(str(error))[:100]}")
     if start[:4] != b"PK\3\4":
         text, name = decode(Path(path).read_bytes(), path, encoding)
-        if name != "utf-8-sig":
-            say(f"{path} 的编码是 {name.upper()}")
+        name == "utf-8-sig" or say(f"{path} 的编码是 {name.upper()}")
         if (head := text[:4000].lstrip("\ufeff \t\r\n"))[:1] in ("[", "{"):
             return (yield from read_json(path, text, head[0] == "["))
         titles, text = re.split("[\r\n]", head.lower())[0], ""
@@ -379,7 +373,15 @@ def end_token_ids(model, tokenizer) -> list[int]:
 
 # ---- 5. Loading ----
 
-def pick_device(name: str = "auto", dtype: str = "auto") -> tuple:
+def fast_products() -> None:
+    """Let oneDNN multiply fp32 matrices, twice as fast on an AMD with AVX-512: MKL, which PyTorch takes, has only AVX2 for it. The setting lets oneDNN
+    round to bf16, too, which it does where there is AMX: so it is tried on two matrices, and stays only where the product does."""
+    import torch
+    matmul, x = torch.backends.mkldnn.matmul, torch.linspace(0, 1, 2**14).view(128, 128)
+    exact, matmul.fp32_precision = x @ x, "bf16" if "AMD" in torch.cpu.get_capabilities().get("cpu_name", "") else "ieee"
+    matmul.fp32_precision = matmul.fp32_precision if torch.allclose(x @ x, exact, rtol=1e-5) else "ieee"
+
+def pick_device(name: str = "auto", dtype: str = "auto", fast: bool = True) -> tuple:
     """(device, torch dtype): the best device there is, or `name`; bf16 on CUDA (fp16 on cards without it), fp32 elsewhere, where half
     precision is tens of times slower (CPU) or overflows (MPS). torchrun's LOCAL_RANK says which card. Exit 2 where the device is missing."""
     import torch
@@ -392,19 +394,17 @@ def pick_device(name: str = "auto", dtype: str = "auto") -> tuple:
         torch.cuda.set_device(int(card))
         best = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         return f"cuda:{card}", getattr(torch, best if dtype == "auto" else dtype)
-    if dtype not in ("auto", "float32"):
-        say(f"{device.upper()} 上改用 float32：{dtype} 在这里更慢或会溢出")
+    dtype in ("auto", "float32") or say(f"{device.upper()} 上改用 float32：{dtype} 在这里更慢或会溢出")
+    fast and device == "cpu" and fast_products()
     return device, torch.float32
 
 def pick_quantization(name: str, path: str, device: str) -> str:
     """`name`; for "auto" 4bit where the weights in `path`, two bytes each, leave activations and optimizer under 30 % of a card's free memory, else none."""
-    if device == "mps" and name in ("4bit", "8bit"):
-        say("警告：MPS 上的量化又新又慢，不量化装得下就不要用")
+    device == "mps" and name in ("4bit", "8bit") and say("警告：MPS 上的量化又新又慢，不量化装得下就不要用")
     if name != "auto" or not device.startswith("cuda"):
         return name.replace("auto", "none")
     import torch
-    stored = 4 if '"float32"' in Path(path, "config.json").read_text(encoding="utf-8") else 2  # bytes of a weight
-    need = sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) * 2 / stored
+    need = sum(file.stat().st_size for file in Path(path).glob("*.safetensors")) / (2 if '"float32"' in Path(path, "config.json").read_text(encoding="utf-8") else 1)
     free = torch.cuda.mem_get_info(device)[0]
     say(f"基础模型的半精度权重要 {need / 1e9:.1f} GB，显存空闲 {free / 1e9:.1f} GB：{'用 4bit' if need > 0.7 * free else '不量化'}")
     return "4bit" if need > 0.7 * free else "none"

@@ -124,12 +124,13 @@ def fast_lora(layer, x):
     """What PEFT's plain LoRA `layer` does to x, scaled where it is r wide and not where it is as wide as its output: two passes over memory less."""
     return layer.base_layer(x) + layer.lora_B["default"](layer.lora_A["default"](layer.lora_dropout["default"](x)) * layer.scaling["default"])
 
-def chunked_loss(hidden, weight, targets, chunk: int = 256):
+def chunked_loss(hidden, weight, targets, chunk: int = 128):
     """Sum of cross-entropies of (n, width) `hidden` states under a (vocabulary, width) output head, n `targets`. The gradient is made in the forward
     pass, `chunk` rows at a time: for 1,000 labels of Llama-3.2 (128,256 tokens, fp32) whole logits are 0.5 GB, and their gradient as much again."""
-    total = 0.0
+    import torch
+    total, room = 0.0, weight.new_empty(min(chunk, len(hidden)), len(weight))  # the same for every chunk: new memory costs a CPU a fifth of the time
     for rows, labels in zip(hidden.split(chunk), targets[:, None].split(chunk)):
-        log_p = (rows.detach() @ weight.T).float().log_softmax(1)
+        log_p = torch.log_softmax(logits := torch.mm(rows.detach().to(weight.dtype), weight.T, out=room[:len(rows)]).float(), 1, out=logits)
         total -= log_p.gather(1, labels).sum()
         if hidden.requires_grad:
             gradient = log_p.exp_().scatter_add_(1, labels, labels.float().fill_(-1)).to(weight.dtype) @ weight
@@ -160,11 +161,17 @@ def loss_sum(model, rows: list, packed: bool, pictured=(), neftune_alpha: float 
 def can_pack(model, rows: list) -> bool:
     """Whether packed rows give this model the loss that they give apart (some architectures would mix them up); turns packing on if so."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, row_lengths=None, **kwargs):
         """Causal attention inside each row of a pack, (1, heads, tokens, head_dim) → (1, tokens, heads, head_dim): a call per row needs no mask."""
-        parts = zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)))
-        return torch.cat([ALL_ATTENTION_FUNCTIONS["sdpa"](module, *part, None, dropout, scaling, is_causal=True)[0] for part in parts], dim=1), None
+        attend, rows = ALL_ATTENTION_FUNCTIONS["sdpa"], zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)))
+        if query.device.type != "cpu" or max(row_lengths) > 1024:  # there and in long rows PyTorch's kernel is faster than the plain products of 128 queries at a time
+            return torch.cat([attend(module, *row, None, dropout, scaling, is_causal=True)[0] for row in rows], dim=1), None
+        seen = torch.ones(1, 1, max(row_lengths), max(row_lengths), dtype=torch.bool).tril_()
+        parts = ((q[:, :, i:i + 128], k[:, :, :i + 128], v[:, :, :i + 128], seen[..., :n, :n][..., i:i + 128, :i + 128]) for n, (q, k, v) in zip(row_lengths, rows) for i in range(0, n, 128))
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.cat([attend(module, *part, dropout, scaling)[0] for part in parts], dim=1), None
     ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
     probe = [(ids[:32 - 8 * n], ids[:32 - 8 * n], "") for n, (ids, _, _) in enumerate(rows[:2])]
     usual, config = model.config._attn_implementation, model.config.get_text_config()
@@ -240,8 +247,7 @@ def find_checkpoint(where: str, output_dir: str | None) -> Path | None:
         if not (problem := damage(candidate)):
             return candidate
         say(f"{candidate} 不能用：{problem}")
-    if found:
-        fail(4, "checkpoint 全部损坏，文件都没有动。从头训练：换一个 --output_dir" if where == "auto" else "自动找最新的完好的：--resume_from_checkpoint auto")
+    found and fail(4, "checkpoint 全部损坏，文件都没有动。从头训练：换一个 --output_dir" if where == "auto" else "自动找最新的完好的：--resume_from_checkpoint auto")
     say(f"{output_dir or 'output/'} 里没有 checkpoint，从头开始")
 
 def main() -> None:
@@ -313,19 +319,16 @@ def main() -> None:
             (lock := importlib.import_module("filelock").FileLock(folder / ".lock")).acquire(timeout=0)  # noqa: F841 - held until the process ends, however it ends
         except TimeoutError:
             fail(2, f"另一个训练正在用 {folder}。等它结束，或换一个 --output_dir")
-        for stale in folder.glob(".tmp-*"):
-            shutil.rmtree(stale)
-        if args.report_to == "wandb":
-            importlib.import_module("wandb").init(project="lora", name=folder.name, config=vars(args), dir=folder, sync_tensorboard=True)
+        [shutil.rmtree(stale) for stale in folder.glob(".tmp-*")]
+        args.report_to == "wandb" and importlib.import_module("wandb").init(project="lora", name=folder.name, config=vars(args), dir=folder, sync_tensorboard=True)
     if args.quantization == "none" and args.optim != "paged_adamw_8bit" and not args.teacher_model and "quantization_config" not in Path(model_path, "config.json").read_text("utf-8"):
         sys.modules.setdefault("bitsandbytes", None)  # PEFT imports it wherever it is installed: 1.4 s for nothing
     import peft
     import torch
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
-    if world > 1:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")  # numbers are summed on the CPU
-    device, dtype = pick_device(args.device, args.dtype)
+    world > 1 and torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")  # numbers are summed on the CPU
+    device, dtype = pick_device(args.device, args.dtype, args.fast)
     args.quantization = pick_quantization(args.quantization, model_path, device)
     on_cuda = device.startswith("cuda")
     optim = args.optim if args.optim != "auto" else "paged_adamw_8bit" if on_cuda and args.quantization != "none" else "adamw_torch"
@@ -348,8 +351,7 @@ def main() -> None:
         fail(4, f"tokenizer 的编号超出了模型的词表（{model.get_input_embeddings().num_embeddings}）：两者不是一套，请重新下载模型")
     if missing := [wanted for wanted in args.modules_to_save or () if not any(name.endswith(wanted) for name, _ in model.named_modules())]:
         fail(2, f"--modules_to_save：模型里没有 {missing[0]}")
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    args.gradient_checkpointing and model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     part = next(name for name, m in model.named_modules() if m is model.get_decoder()) + r"\." if hasattr(model.config, "vision_config") and not args.train_vision else ""
     depth = rf"\D*(?<=\.)({'|'.join(map(str, args.layers_to_transform))})\." if args.layers_to_transform else ""
     kind = {"ia3": peft.IA3Config, "ptuning": peft.PromptEncoderConfig, "prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}.get(args.peft_method, peft.LoraConfig)
@@ -362,11 +364,9 @@ def main() -> None:
         fail(2, f"--peft_method {args.peft_method}、--target_modules 或 --layers_to_transform 用不到这个模型上：{str(error).splitlines()[0][:160]}")
     initial = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if mutates and ("lora_A" in name or "lora_B" in name)}  # which the base has lost
     vars(model.peft_config["default"]).update({"r": 2 * args.lora_r, "lora_alpha": args.lora_alpha * (2 ** 0.5 if args.peft_method == "rslora" else 2), "init_lora_weights": True} if mutates else {})
-    if args.fsdp:  # what is trained is whole in each process, and saved as ever
-        importlib.import_module("prune_model").shard(model, device, world)
-    teach, kd_ratio, packed = None, args.kd_ratio if args.teacher_model else 0.0, args.fast and not virtual and not pictured and can_pack(model, train_data + val_data)
-    if args.teacher_model:
-        teach = importlib.import_module("prune_model").load_teacher(args, tokenizer, model, lambda teacher: packed and can_pack(teacher, train_data))
+    args.fsdp and importlib.import_module("prune_model").shard(model, device, world)  # what is trained is whole in each process, and saved as ever
+    kd_ratio, packed = args.kd_ratio if args.teacher_model else 0.0, args.fast and not virtual and not pictured and can_pack(model, train_data + val_data)
+    teach = importlib.import_module("prune_model").load_teacher(args, tokenizer, model, lambda teacher: packed and can_pack(teacher, train_data)) if args.teacher_model else None
     for module in model.modules() if packed and device == "cpu" else ():
         if forward := {torch.nn.Dropout: fast_dropout, peft.tuners.lora.Linear: fast_lora if args.peft_method != "dora" else None}.get(type(module)):
             module.forward = forward.__get__(module)

@@ -61,6 +61,62 @@ def test_packed_rows_give_the_loss_and_gradients_of_the_rows_apart(architecture,
     assert gradients and all(close(p.grad, gradients[name]) for name, p in model.named_parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("lengths", [(5, 128, 129, 300), (1025, 30)])
+def test_long_rows_in_a_pack_have_the_attention_of_the_rows_apart(tiny, lengths):
+    from transformers import AutoModelForCausalLM
+
+    from train import can_pack, loss_sum
+
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    torch.manual_seed(0)
+    rows = [(ids, ids, "") for ids in (torch.randint(5, 200, (n,)).tolist() for n in lengths)]
+    model.requires_grad_(False)
+    weights = [p.requires_grad_() for layer in model.model.layers for p in layer.self_attn.parameters()]
+    apart = sum(loss_sum(model, [row], packed=False)[0] for row in rows)
+    gradients = torch.autograd.grad(apart, weights)
+    assert can_pack(model, rows)
+    together = loss_sum(model, rows, packed=True)[0]
+    assert together.item() == pytest.approx(apart.item(), rel=1e-5)
+    assert gradients and all(map(close, torch.autograd.grad(together, weights), gradients))
+
+
+@pytest.fixture
+def products():
+    setting = torch.backends.mkldnn.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "ieee"
+    yield setting
+    setting.fp32_precision = before
+
+
+@pytest.mark.parametrize("shape", [(1, 576, 1536), (200, 576, 192), (32, 1000, 576)])
+def test_the_fast_products_are_fp32_whatever_makes_them(products, shape):
+    from common import fast_products
+
+    fast_products()
+    rows, width, out = shape
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, width, requires_grad=True), torch.randn(out, width)
+    y = torch.nn.functional.linear(x, weight)
+    y.square().sum().backward()
+    exact = x.detach().double() @ weight.double().T
+    assert close(y.double(), exact, 1e-6)
+    assert close(x.grad.double(), 2 * exact @ weight.double(), 1e-6)
+    assert close((x @ weight.T[None]).double(), exact, 1e-6)  # as batches are multiplied
+
+
+@pytest.mark.parametrize("name,same,expected", [("AMD EPYC 9B45", True, "bf16"), ("AMD EPYC 9B45", False, "ieee"), ("Intel(R) Xeon(R)", True, "ieee"), ("", True, "ieee")])
+def test_products_are_left_to_the_usual_library_where_the_other_is_not_faster_or_not_exact(products, monkeypatch, name, same, expected):
+    from common import fast_products, pick_device
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name} if name else {})
+    monkeypatch.setattr(torch, "allclose", lambda *args, **kwargs: same)
+    fast_products()
+    assert products.fp32_precision == expected
+    products.fp32_precision = "ieee"
+    pick_device("cpu", fast=False)
+    assert products.fp32_precision == "ieee"
+
+
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5])
 def test_the_fast_dropout_mask_has_dropouts_statistics(p):
     from train import fast_dropout
