@@ -5,6 +5,7 @@
 
 读：模型的 config.json（权重用随机数）。写：每秒最多多少 token，到标准输出；--json 再写一份文件。
 只数这些：每个投影的前向 xWᵀ 和反向 dY·W，LoRA 的四个小乘法（xAᵀ、dY·B、dB、dA；其余的可以把 BA 折进 W 省掉），输出层在要学的 token 上的前向和反向。
+用的是 train.py 用的乘法库（有的 CPU 上 oneDNN 比 PyTorch 平常用的 MKL 快一倍）；--usual 用平常的。
 不数注意力、逐元素运算、优化器，也不数第一层 q/k/v 用不着的 dX。每层的权重各占各的内存，和真的训练一样读不进缓存。
 训练脚本的 token/s 除以它，就是离上限还有多远；用 train_speed.py 可以在同一轮里量。
 """
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 from measure import ROOT  # puts the project on the path
-from common import DEMO_MODEL, load_rows, load_tokenizer, encode, make_parser, number, parse_args, run_script, say
+from common import DEMO_MODEL, load_rows, load_tokenizer, encode, make_parser, number, parse_args, pick_device, run_script, say
 
 
 def layer_shapes(model_path: str) -> tuple[list[list[tuple[str, int, int]]], tuple[int, int]]:
@@ -85,10 +86,12 @@ def main() -> None:
     add("--lora_r", type=number(int, 1), default=32, help="LoRA 秩")
     add("--repeats", type=number(int, 1), default=3, help="每种大小量几遍，取中位")
     add("--threads", type=number(int, 1), default=2, help="线程数")
+    add("--usual", action="store_true", help="用 PyTorch 平常的乘法库，不换成 train.py 用的")
     add("--json", metavar="FILE", help="结果再写到这个文件")
     args = parse_args(parser)
     import torch
     torch.set_num_threads(args.threads)
+    pick_device("cpu", fast=not args.usual)
     layers, head = layer_shapes(args.model)
     share = label_share(args.model, args.data) if args.label_share is None else args.label_share
     rates = {}

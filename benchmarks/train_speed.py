@@ -25,6 +25,7 @@ BATCH_SIZE, ACCUMULATION = 2, 8
 LORA = {"r": 32, "lora_alpha": 64, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 PEERS = {
     "limit": "只做躲不开的矩阵乘法",
+    "limit-usual": "同上，用 PyTorch 平常的乘法库",
     "hf-group": "HF Trainer，按长度分组，无检查点",
     "hf-dynamic": "HF Trainer，填充到最长的一行，无检查点",
     "hf-padded": "HF Trainer，填充到 max_length，无检查点",
@@ -48,7 +49,7 @@ def peer_command(name: str, job: dict, args, label_share: float) -> list:
     kind, _, mode = name.partition("-")
     if kind == "limit":
         return [sys.executable, HERE / "limit.py", "--model", args.model, "--label_share", label_share, "--threads", args.threads,
-                "--json", Path(job["folder"], "limit.json")]
+                "--json", Path(job["folder"], "limit.json"), *["--usual"] * (mode == "usual")]
     file = Path(job["folder"], "job.json")
     file.write_text(json.dumps({**job, "mode": mode}), encoding="utf-8")
     return [{"hf": sys.executable, "trl": args.peers_python, "litgpt": args.litgpt_python}[kind], HERE / f"peer_{kind}.py", file]
@@ -78,7 +79,7 @@ def run_one(name: str, command: list, job: dict, args) -> dict | None:
     folder, rows = Path(job["folder"]), job["rows"]
     log = folder.with_suffix(".log")
     run = run_timed(command, log, folder / "metrics.jsonl", args.threads, cwd=folder.parent)
-    if run["code"] == 0 and name == "limit":
+    if run["code"] == 0 and name.startswith("limit"):
         return {"tokens_per_second": json.loads((folder / "limit.json").read_text())["tokens_per_second"]}
     if run["code"] or not run["steps"]:
         return say(f"  {name} 失败，退出码 {run['code']}：\n{tail(log)}")
@@ -118,7 +119,7 @@ def main() -> None:
     add("--rows", type=number(int, 16), default=32, help="训练几行，16 的倍数（每步 16 行）")
     add("--rounds", type=number(int, 1), default=5, help="轮流几轮")
     add("--dropout", type=number(float, 0, 0.99), default=0.1, help="LoRA dropout，对谁都一样")
-    add("--peers", nargs="+", choices=list(PEERS), default=["limit", "hf-group", "hf-padded", "trl-default", "trl-nockpt", "litgpt"],
+    add("--peers", nargs="+", choices=list(PEERS), default=["limit", "limit-usual", "hf-group", "hf-padded", "trl-default", "trl-nockpt", "litgpt"],
         help=f"和谁比：{'、'.join(PEERS)}")
     add("--repo", action="append", metavar="DIR", help="量哪份 train.py；可以写几次，第一个是被比的")
     add("--model", default=str(ROOT / DEMO_MODEL), help="模型目录")
