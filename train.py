@@ -166,7 +166,7 @@ def can_pack(model, rows: list) -> bool:
     def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, row_lengths=None, **kwargs):
         """Causal attention inside each row of a pack, (1, heads, tokens, head_dim) → (1, tokens, heads, head_dim): a call per row needs no mask."""
         attend, rows = ALL_ATTENTION_FUNCTIONS["sdpa"], zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)))
-        if query.device.type != "cpu" or max(row_lengths) > 1024:  # there and in long rows PyTorch's kernel is faster than the plain products of 128 queries at a time
+        if query.device.type != "cpu" or max(row_lengths) > 1024:  # a CPU takes longer for PyTorch's kernel than for plain products of 128 queries at a time, but in long rows
             return torch.cat([attend(module, *row, None, dropout, scaling, is_causal=True)[0] for row in rows], dim=1), None
         seen = torch.ones(1, 1, max(row_lengths), max(row_lengths), dtype=torch.bool).tril_()
         parts = ((q[:, :, i:i + 128], k[:, :, :i + 128], v[:, :, :i + 128], seen[..., :n, :n][..., i:i + 128, :i + 128]) for n, (q, k, v) in zip(row_lengths, rows) for i in range(0, n, 128))
