@@ -141,6 +141,7 @@ def load_model(base_model: str | None = None, lora_weights: str | None = None, d
     tokenizer.name_or_path = base  # where the processor of images is
     device, dtype = pick_device(device)
     model = load_base(base, device, dtype, pick_quantization(quantization, base, device), trust_remote_code)
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))  # of a slice, oneDNN multiplies each row with a copy of the weights
     model = load_adapter(model, tokenizer, lora_weights, force=force) if lora_weights else model
     return model.merge_and_unload() if merge and lora_weights and can_fold(model) else model, tokenizer
 

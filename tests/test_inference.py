@@ -73,6 +73,16 @@ def test_the_roomy_cache_gives_the_librarys_tokens(architecture, tmp_path):
         assert cache.layers[0].keys.data_ptr() == cache.layers[0].rooms[0].data_ptr() and cache.layers[0].rooms[0].shape[-2] == 9 + 256 + 1 + 256
 
 
+def test_a_batch_is_one_product_with_the_output_head(demo):
+    from inference import generate, load_model
+
+    model, tokenizer = load_model(demo)
+    given = []
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: given.append((inputs[0].shape[:2], inputs[0].is_contiguous())))
+    generate(model, tokenizer, chats(["短", "长一些的问题"]), max_new_tokens=3)
+    assert given == [((2, 1), True)] * 3  # a slice of it would be multiplied row by row, with a copy of 50,000 x 576 numbers for each
+
+
 def test_the_same_seed_draws_the_same_answer_in_a_batch_and_alone(loaded):
     from inference import generate
 
