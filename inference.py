@@ -56,8 +56,7 @@ def read_questions(path: str, answers: bool = False) -> list[list[dict]]:
     """A conversation for each line of a text file but for blank ones and # comments, or for each row of a data file up to its answer, or with it."""
     if Path(path).suffix.lower() in SUFFIXES:
         return [conversation(row["text"]) if "text" in row else row["messages"][:None if answers else -1] for row in load_rows(path)[0]]
-    if not Path(path).is_file():
-        fail(2, f"没有问题文件 {path}；它应该是文本，一行一个问题")
+    Path(path).is_file() or fail(2, f"没有问题文件 {path}；它应该是文本，一行一个问题")
     lines = [line.strip() for line in decode(Path(path).read_bytes(), path)[0].splitlines()]
     return [conversation(line) for line in lines if line and not line.startswith("#")] or fail(3, f"{path} 里没有问题；一行写一个")
 
@@ -76,11 +75,10 @@ def conversation(asked: str | list[dict], system: str | None = None, images=()) 
 def find_adapter(path: str | None) -> str:
     """The adapter in `path` or its final_model/; None is the newest output/*/final_model, said aloud."""
     if path is None:
-        found = [p.parent for p in Path("output").glob("*/final_model/adapter_config.json")]
-        path = max(found, key=lambda p: p.stat().st_mtime, default=None) or fail(4, "output/ 里还没有训练好的模型。先训练：./train_csv.sh；只问原模型：python inference.py --use_original_model")
+        path = max((p.parent for p in Path("output").glob("*/final_model/adapter_config.json")), key=lambda p: p.stat().st_mtime, default=None) or fail(4, "output/ 里还没有训练好的模型。先训练：./train_csv.sh；只问原模型：python inference.py --use_original_model")
         say(f"使用最新的 LoRA：{path}")
-    found = [str(p) for p in (Path(path), Path(path, "final_model")) if (p / "adapter_config.json").is_file()]
-    return found[0] if found else fail(4, f"{path} 不是 LoRA 目录（里面没有 adapter_config.json）。看看有哪些：ls -d output/*/final_model")
+    found = (str(p) for p in (Path(path), Path(path, "final_model")) if (p / "adapter_config.json").is_file())
+    return next(found, None) or fail(4, f"{path} 不是 LoRA 目录（里面没有 adapter_config.json）。看看有哪些：ls -d output/*/final_model")
 
 def read_json_file(path: Path) -> dict:
     """What a JSON file of an adapter or a model holds; exit 4 where it is broken, {} where there is none."""
@@ -122,8 +120,7 @@ def load_adapter(model, tokenizer, adapter: str, name: str = "default", force: b
         problems += [f"{what}和训练时不同（{str(then)[:12]} → {str(now)[:12]}）" for what, then, now in pairs if then != now]
     if problems and not force:
         fail(4, f"LoRA {adapter}：{'；'.join(problems)}。\n换成训练它的那个基础模型（--base_model），确定要用就加 --force")
-    for problem in problems:
-        say(f"警告：{problem}")
+    problems and say(*(f"警告：{problem}" for problem in problems), sep="\n")
     return model.eval()
 
 def can_fold(model) -> bool:
@@ -169,8 +166,10 @@ def generate(model, tokenizer, conversations: list[list[dict]], *, max_new_token
              repetition_penalty: float = 1.0, seed: int = 42, answer_batch_size: int = 32, streamer=None, progress=lambda rows: None) -> list[dict]:
     """Answers to `conversations`, in their order: {"text", "tokens", "stopped", "seconds"} each; greedy at temperature 0. Prompts of like length
     go together, padded on the left, and each greedy answer is the one it would be alone (in fp32); one that is drawn or penalised depends on its
-    neighbours, and a long prompt leaves them less room, so those are made one by one. `stopped`: the model ended by itself. `seconds`: a batch's
-    time divided by its rows. `progress` is called after each batch with the number of its rows."""
+    neighbours, and a long prompt leaves them less room, so those are made one by one. A greedy one made alone tries the three tokens that followed
+    its last ones earlier in the text, and keeps those that the model says too: it reads its weights once for up to four tokens
+    (https://github.com/apoorvumang/prompt-lookup-decoding). `stopped`: the model ended by itself. `seconds`: a batch's time divided by its rows.
+    `progress` is called after each batch with the number of its rows."""
     import torch
     prompts = [encode(tokenizer, messages)[0] for messages in conversations]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -179,19 +178,21 @@ def generate(model, tokenizer, conversations: list[list[dict]], *, max_new_token
     ends, window = end_token_ids(model, tokenizer), (getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize) - virtual
     options = {**drawn, "do_sample": temperature > 0, "num_beams": 1, "use_cache": True, "repetition_penalty": repetition_penalty,
                "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "streamer": streamer}
-    size = answer_batch_size if not virtual and temperature == 0 and repetition_penalty == 1 and max(map(len, prompts), default=0) + max_new_tokens <= window else 1
+    plain = not virtual and temperature == 0 and repetition_penalty == 1
+    size = answer_batch_size if plain and max(map(len, prompts), default=0) + max_new_tokens <= window else 1
     answers: list[dict] = [{} for _ in prompts]
     for start in range(0, len(order), size):
         rows = order[start:start + size]
         width = len(prompts[rows[0]])
-        if width >= window:
-            fail(2, f"问题有 {width} token，超过了模型的上限 {window}。缩短问题再试")
+        width < window or fail(2, f"问题有 {width} token，超过了模型的上限 {window}。缩短问题再试")
         batch = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, return_attention_mask=True, return_tensors="pt").to(model.device)
         batch |= image_inputs(model, tokenizer, [m for i in rows for m in conversations[i]], batch["input_ids"])
+        cache = roomy_cache(model)  # what is not roomy (a window, a state) cannot go back to before a wrong guess, and images are no text to guess from
+        ahead = 3 if plain and len(rows) == 1 and len(batch) == 2 and {type(layer).__name__ for layer in cache.layers} == {"RoomyLayer"} else None
         torch.manual_seed(seed)
         began = time.perf_counter()
         with torch.inference_mode():
-            output = model.generate(**batch, **options, max_new_tokens=min(max_new_tokens, window - width), past_key_values=roomy_cache(model))
+            output = model.generate(**batch, **options, max_new_tokens=min(max_new_tokens, window - width), past_key_values=cache, prompt_lookup_num_tokens=ahead)
         seconds = (time.perf_counter() - began) / len(rows)
         for i, ids in zip(rows, output[:, width:].tolist()):
             end = next((k for k, token in enumerate(ids) if token in ends), None)
@@ -292,8 +293,7 @@ def main() -> None:
                 text = clean_repeats(answer["text"]) if args.clean_repeats else answer["text"]
                 line = f"问：{visible(question)}\n答：{visible(text)}\n" if args.prompt_file else visible(text)
                 print(json.dumps({"question": question, "answer": text, "stopped": answer["stopped"]}, ensure_ascii=False) if (args.output or "").endswith(".jsonl") else line, file=out, flush=True)
-    if args.output:
-        say(f"{len(questions)} 个回答写到 {args.output}")
+    args.output and say(f"{len(questions)} 个回答写到 {args.output}")
 
 if __name__ == "__main__":
     run_script(main)

@@ -73,6 +73,29 @@ def test_the_roomy_cache_gives_the_librarys_tokens(architecture, tmp_path):
         assert cache.layers[0].keys.data_ptr() == cache.layers[0].rooms[0].data_ptr() and cache.layers[0].rooms[0].shape[-2] == 9 + 256 + 1 + 256
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "mistral"])
+def test_an_answer_made_alone_looks_ahead_and_stays_the_same(architecture, tmp_path):
+    from common import encode
+    from inference import generate, load_model
+
+    model, tokenizer = load_model(make_model(tmp_path / architecture, architecture))
+    asked = chats(["试用期最长多久？"])
+    prompt = torch.tensor([encode(tokenizer, asked[0])[0]])
+    wanted = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=120, do_sample=False, pad_token_id=0)[0, prompt.shape[1]:]
+    widths = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
+    answer = generate(model, tokenizer, asked, max_new_tokens=120)[0]
+    assert answer["text"] == tokenizer.decode(wanted, skip_special_tokens=True).strip() and answer["tokens"] > 20
+    if architecture == "mistral":  # its window of 8 tokens slides, and cannot slide back
+        assert widths[1:] == [1] * (answer["tokens"] - 1)
+    else:
+        assert max(widths[1:]) == 4 and len(widths) <= answer["tokens"] - (architecture != "llama")  # that one hardly repeats itself: its guesses are all wrong
+    for options in ({"temperature": 1.0}, {"repetition_penalty": 1.2}):
+        widths.clear()
+        generate(model, tokenizer, asked, max_new_tokens=12, **options)
+        assert set(widths[1:]) == {1}
+
+
 def test_a_batch_is_one_product_with_the_output_head(demo):
     from inference import generate, load_model
 
