@@ -177,7 +177,7 @@ def generate(model, tokenizer, conversations: list[list[dict]], *, max_new_token
     virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)  # PEFT puts them in front of the padding
     ends, window = end_token_ids(model, tokenizer), (getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize) - virtual
     options = {**drawn, "do_sample": temperature > 0, "num_beams": 1, "use_cache": True, "repetition_penalty": repetition_penalty,
-               "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "streamer": streamer}
+               "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "streamer": streamer, "cache_implementation": None}  # a model's settings may name one
     plain = not virtual and temperature == 0 and repetition_penalty == 1
     size = answer_batch_size if plain and max(map(len, prompts), default=0) + max_new_tokens <= window else 1
     answers: list[dict] = [{} for _ in prompts]
