@@ -524,7 +524,7 @@ def main() -> None:
                        "tokens_per_second": round(tokens / seconds, 1), "epoch": round((step + 1) / steps_per_epoch, 4),
                        **({"peak_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2), "skipped_updates": skipped} if on_cuda else {})}
             metrics |= {"answer_loss": round(step_parts[0], 6), "teacher_loss": round(step_parts[1], 6)} if teach else {}  # of this step
-            record(step + 1, metrics, f"{metrics} 第 {step + 1}/{total_steps} 步，还要 {tqdm.format_interval(seconds / len(losses) * (total_steps - step - 1))}")
+            record(step + 1, metrics, f"{metrics} 第 {step + 1}/{total_steps} 步，还要 {tqdm.format_interval(seconds / min(len(losses), step + 1 - start_step) * (total_steps - step - 1))}")
             losses, tokens, seconds, all_tokens = [], 0, 0.0, all_tokens + tokens
 
     if stopped or rank:
