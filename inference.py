@@ -188,7 +188,8 @@ def generate(model, tokenizer, conversations: list[list[dict]], *, max_new_token
         batch = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, return_attention_mask=True, return_tensors="pt").to(model.device)
         batch |= image_inputs(model, tokenizer, [m for i in rows for m in conversations[i]], batch["input_ids"])
         cache = roomy_cache(model)  # what is not roomy (a window, a state) cannot go back to before a wrong guess, and images are no text to guess from
-        ahead = 3 if plain and len(rows) == 1 and len(batch) == 2 and {type(layer).__name__ for layer in cache.layers} == {"RoomyLayer"} else None
+        # nor may a guess go past the last position
+        ahead = 3 if plain and len(rows) == 1 and len(batch) == 2 and width + max_new_tokens + 3 <= window and {type(layer).__name__ for layer in cache.layers} == {"RoomyLayer"} else None
         torch.manual_seed(seed)
         began = time.perf_counter()
         with torch.inference_mode():
