@@ -161,17 +161,17 @@ def loss_sum(model, rows: list, packed: bool, pictured=(), neftune_alpha: float 
 def can_pack(model, rows: list) -> bool:
     """Whether packed rows give this model the loss that they give apart (some architectures would mix them up); turns packing on if so."""
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, row_lengths=None, **kwargs):
         """Causal attention inside each row of a pack, (1, heads, tokens, head_dim) → (1, tokens, heads, head_dim): a call per row needs no mask."""
-        attend, rows = ALL_ATTENTION_FUNCTIONS["sdpa"], zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)))
-        if query.device.type != "cpu" or max(row_lengths) > 1024:  # a CPU takes longer for PyTorch's kernel than for plain products of 128 queries at a time, but in long rows
+        attend, done, rows = ALL_ATTENTION_FUNCTIONS["sdpa"], [], zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)))
+        if query.device.type != "cpu" or dropout or max(row_lengths) > 1024:
             return torch.cat([attend(module, *row, None, dropout, scaling, is_causal=True)[0] for row in rows], dim=1), None
-        seen = torch.ones(1, 1, max(row_lengths), max(row_lengths), dtype=torch.bool).tril_()
-        parts = ((q[:, :, i:i + 128], k[:, :, :i + 128], v[:, :, :i + 128], seen[..., :n, :n][..., i:i + 128, :i + 128]) for n, (q, k, v) in zip(row_lengths, rows) for i in range(0, n, 128))
-        with sdpa_kernel(SDPBackend.MATH):
-            return torch.cat([attend(module, *part, dropout, scaling)[0] for part in parts], dim=1), None
+        for i, (q, k, v) in ((i, row) for row in rows for i in range(0, row[0].shape[2], 128)):  # a CPU takes longer for PyTorch's kernel, but in long rows
+            q, k, v = q[0, :, i:i + 128], k[0, :, :i + 128], v[0, :, :i + 128]
+            later = q.new_full((q.shape[1], k.shape[1]), -math.inf).triu_(i + 1).repeat(len(q) // len(k), 1)  # for each head that shares a key
+            done.append((torch.baddbmm(later, q.reshape(len(k), -1, q.shape[2]), k.mT, alpha=scaling).softmax(-1) @ v).view(len(q), -1, v.shape[2]))
+        return torch.cat(done, dim=1).transpose(0, 1)[None], None
     ALL_ATTENTION_FUNCTIONS.register("packed", packed_attention)
     probe = [(ids[:32 - 8 * n], ids[:32 - 8 * n], "") for n, (ids, _, _) in enumerate(rows[:2])]
     usual, config = model.config._attn_implementation, model.config.get_text_config()
