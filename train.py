@@ -121,8 +121,9 @@ def fast_dropout(dropout, x):
     return x * draws.ge_(k).view(x.shape).to(x.dtype).mul_(256 / (256 - k))  # in place: bytes compare and convert ten times faster than bools
 
 def fast_lora(layer, x):
-    """What PEFT's plain LoRA `layer` does to x, scaled where it is r wide and not where it is as wide as its output: two passes over memory less."""
-    return layer.base_layer(x) + layer.lora_B["default"](layer.lora_A["default"](layer.lora_dropout["default"](x)) * layer.scaling["default"])
+    """What PEFT's plain LoRA `layer` does to x, (…, in) → (…, out): scaled where it is r wide, added by the product that makes it, no pass of its own."""
+    low = layer.lora_A["default"](layer.lora_dropout["default"](rows := x.flatten(0, -2))) * layer.scaling["default"]
+    return layer.base_layer(rows).addmm_(low, layer.lora_B["default"].weight.T).view(*x.shape[:-1], -1)
 
 def chunked_loss(hidden, weight, targets, chunk: int = 128):
     """Sum of cross-entropies of (n, width) `hidden` states under a (vocabulary, width) output head, n `targets`. The gradient is made in the forward
@@ -155,8 +156,7 @@ def loss_sum(model, rows: list, packed: bool, pictured=(), neftune_alpha: float 
         return torch.nn.functional.cross_entropy(logits.float(), targets[keep], reduction="sum"), logits.new_zeros(())
     extra = {"position_ids": torch.tensor([[k for n in lengths for k in range(n)]], device=model.device), "row_lengths": lengths, "use_cache": False}
     hidden, head = model.get_decoder()(**inputs, **extra).last_hidden_state[0, keep], model.get_output_embeddings().weight
-    loss = chunked_loss(hidden, head, targets[keep])
-    return loss, teach(hidden, head, keep, input_ids=input_ids, **extra) if teach else loss.new_zeros(())
+    return chunked_loss(hidden, head, targets[keep]), teach(hidden, head, keep, input_ids=input_ids, **extra) if teach else hidden.new_zeros(())
 
 def can_pack(model, rows: list) -> bool:
     """Whether packed rows give this model the loss that they give apart (some architectures would mix them up); turns packing on if so."""
